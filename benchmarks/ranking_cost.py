@@ -88,7 +88,7 @@ def forward(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
 @torch.no_grad()
 def record(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
     """Run a forward pass with a few recorded blocks."""
-    with HiddenStateRecorder(model, RECORDED, outputs=False) as recorder:
+    with HiddenStateRecorder(model, RECORDED, sites=["block.input"]) as recorder:
         for batch in batches:
             model(**batch, use_cache=False)
             recorder.clear()

@@ -48,7 +48,7 @@ def states(model: Any, batches: list[dict[str, torch.Tensor]], places: tuple[int
     """What enters blocks, one array a sequence of its real tokens."""
     found: list[list[np.ndarray]] = [[] for _ in places]
     for batch in batches:
-        with torch.no_grad(), HiddenStateRecorder(model, outputs=False) as record:
+        with torch.no_grad(), HiddenStateRecorder(model, sites=["block.input"]) as record:
             record(**batch)
         for one, k in zip(found, places, strict=True):
             rows = zip(record.inputs[k][0], batch["attention_mask"].bool(), strict=True)

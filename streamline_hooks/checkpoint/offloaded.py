@@ -325,7 +325,7 @@ class PassJournal:
 
 def state_bytes(stack: BlockStack, batches: Sequence[Batch | Tensor]) -> list[int]:
     """Return the bytes of the hidden states of each batch at one boundary."""
-    record = HiddenStateRecorder(stack.model, [0], outputs=False, stop=True, stack=stack.path)
+    record = HiddenStateRecorder(stack.model, [0], sites=["block.input"], stop=True, stack=stack.path)
     first = batches[0]
     with inference(stack.model), record:
         record(**({"input_ids": first} if isinstance(first, Tensor) else first))

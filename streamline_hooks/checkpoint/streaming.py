@@ -46,7 +46,7 @@ from streamline_hooks.modeling import (
     token_mask,
     write_input,
 )
-from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder
+from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder, RecordingConfig
 from streamline_hooks.surgery import BEFORE, LayerSurgeon, find_hazards, per_layer_width, run_before, spliced
 
 _REFERENCE_FILE = "reference.safetensors"
@@ -253,7 +253,7 @@ class BlockwisePass:
 
     def _record_inputs(self, write: bool) -> None:
         """Record the inputs of block 0 and their real tokens."""
-        record = HiddenStateRecorder(self.model, [0], outputs=False, stop=True, stack=self.stack.path)
+        record = HiddenStateRecorder(self.model, [0], sites=["block.input"], stop=True, stack=self.stack.path)
         self.masks = []
         with inference(self.model), record:
             for number, batch in enumerate(self.batches):
@@ -288,7 +288,7 @@ class BlockwisePass:
             if blocks.start:
                 surgeon.remove(range(blocks.start))
             last = len(blocks) - 1
-            record = HiddenStateRecorder(self.model, [last], inputs=False, stop=True, stack=self.stack.path)
+            record = HiddenStateRecorder(self.model, [last], sites=["block.output"], stop=True, stack=self.stack.path)
             opened.callback(entering.clear)
             opened.callback(first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
             hooks: Any = first._forward_pre_hooks  # `enter` runs before all hooks but the splices of block 0
@@ -347,7 +347,7 @@ def probe_batch(batch: Batch | Tensor) -> dict[str, Any]:
 def reference_states(stack: BlockStack, probe: dict[str, Any]) -> list[Tensor]:
     """Return the hidden states at all boundaries of a forward of the whole model, on the CPU."""
     model: Any = stack.model
-    record = HiddenStateRecorder(model, stack=stack.path, device="cpu")
+    record = HiddenStateRecorder(model, stack=stack.path, config=RecordingConfig(device="cpu"))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     stopped = head.register_forward_pre_hook(_stop_forward) if isinstance(head, nn.Module) else None
     try:

@@ -134,7 +134,7 @@ def packed_run_error(model: nn.Module, error: Exception) -> StreamlineError:
 
 def _block_outputs(model: nn.Module, batch: Batch, stack: str | None) -> list[tuple[int, Tensor]]:
     """Return the output of each block at each call."""
-    record = HiddenStateRecorder(model, inputs=False, stop=True, stack=stack)
+    record = HiddenStateRecorder(model, sites=["block.output"], stop=True, stack=stack)
     with inference(model), record:
         record(**prepare_inputs(model, batch))
         return [(k, by_token(state, record.stack[k])) for k in record.blocks for state in record.outputs[k]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.core import Batch, StreamlineError, describe_blocks
 from streamline_hooks.modeling import BlockStack, Task, find_stack
-from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder
+from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder, RecordingConfig
 from streamline_hooks.repair import FoldedMap, WindowReplacement, insert_replacement
 from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, resume, set_splices, snapshot_splices, spliced
 
@@ -218,11 +218,13 @@ class Student:
             entering = [k for k, at_end in self._ends if not at_end]
             has_end = len(entering) < len(self._ends)
             records: list[HiddenStateRecorder] = []
-            recorder_of = partial(HiddenStateRecorder, self.model, detach=False, stack=self.stack.path)
+            recorder_of = partial(
+                HiddenStateRecorder, self.model, config=RecordingConfig(detach=False), stack=self.stack.path
+            )
             if states and entering:
-                records.append(recorder_of(entering, outputs=False, stop=not (logits or has_end)))
+                records.append(recorder_of(entering, sites=["block.input"], stop=not (logits or has_end)))
             if states and has_end:
-                records.append(recorder_of([-1], inputs=False, stop=not logits))
+                records.append(recorder_of([-1], sites=["block.output"], stop=not logits))
             for recorder in records:
                 exits.enter_context(recorder)
             try:

@@ -25,7 +25,7 @@ from streamline_hooks.core import (
 )
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.modeling import find_stack
-from streamline_hooks.recording import HiddenStateRecorder
+from streamline_hooks.recording import HiddenStateRecorder, RecordingConfig
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,9 @@ def _run(
     rows: int,
 ) -> list[TeacherStates]:
     """Record the states of every batch, `rows` sequences at a time."""
-    record = partial(HiddenStateRecorder, model, detach=True, device="cpu", dtype=dtype, stack=stack)
-    entering = None if start is None else record([start], outputs=False, stop=not ends)
-    leaving = record(ends, inputs=False, stop=True) if ends else None
+    record = partial(HiddenStateRecorder, model, config=RecordingConfig(device="cpu", dtype=dtype), stack=stack)
+    entering = None if start is None else record([start], sites=["block.input"], stop=not ends)
+    leaving = record(ends, sites=["block.output"], stop=True) if ends else None
     counts = [range(0, batch_rows(batch), rows) for batch in batches]
     parts = [select_rows(b, slice(k, k + rows)) for b, starts in zip(batches, counts, strict=True) for k in starts]
     with ExitStack() as opened:

@@ -70,7 +70,7 @@ def last_projections(
         leaf = getattr(node, "variable", None)
         inputs = _inputs(node)
         by_state[node] = leaf is state or any(by_state[n] for n in inputs)
-        behind[node] = _union([frozenset({names[id(leaf)]} if id(leaf) in names else ()), *(behind[n] for n in inputs)])
+        behind[node] = union([frozenset({names[id(leaf)]} if id(leaf) in names else ()), *(behind[n] for n in inputs)])
     projections: list[Projection] = []
     pending, seen = [output.grad_fn], set()
     while pending:
@@ -79,11 +79,11 @@ def last_projections(
             continue
         seen.add(node)
         dependent = [n for n in _inputs(node) if by_state[n]]
-        own_names = _union(behind[n] for n in _inputs(node) if not by_state[n])
+        own_names = union(behind[n] for n in _inputs(node) if not by_state[n])
         name = node.name()
         elementwise = name.startswith(_ELEMENTWISE) and not name.startswith(_NO_ELEMENTWISE)
         if not elementwise and dependent and any(parameters[n].ndim > 1 for n in own_names):
-            projections.append(Projection(own_names, True, _union(behind[n] for n in dependent)))
+            projections.append(Projection(own_names, True, union(behind[n] for n in dependent)))
             continue
         if name.startswith(_SUMS) and elementwise and dependent and own_names:
             projections.append(Projection(own_names, False, frozenset()))
@@ -91,7 +91,8 @@ def last_projections(
     return projections, behind.get(output.grad_fn, frozenset())
 
 
-def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
+def union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
+    """Return the union of sets."""
     return frozenset[str]().union(*sets)
 
 
@@ -151,7 +152,7 @@ def find_branches(call: BlockCall, apart: Collection[str] = ()) -> Branches:
     """
     _require_readable(call)
     with torch.no_grad():
-        search = _Search(call, apart)
+        search = BranchSearch(call, apart)
         search.require_repeatable()
         projections, unused = search.read_graph()
         roles = search.roles_of(projections, unused)
@@ -187,7 +188,7 @@ def parameter_pattern(block: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-class _Search:
+class BranchSearch:
     """The steps of `find_branches` for one call of a block."""
 
     def __init__(self, call: BlockCall, excluded: Collection[str]) -> None:
@@ -197,9 +198,11 @@ class _Search:
         self.pattern = partial(parameter_pattern, call.block)
 
     def refuse(self, reason: str) -> NoReturn:
+        """Raise `UnsupportedSurgery` with the reason."""
         raise UnsupportedSurgery(f"{type(self.call.block).__name__} does not have two residual branches: {reason}.")
 
     def require_repeatable(self) -> None:
+        """Refuse a block whose output is not finite, or differs between two runs."""
         again = self.call.run(self.state, {})
         if not torch.isfinite(again).all():
             self.refuse("its output is not finite")
@@ -235,7 +238,7 @@ class _Search:
 
     def with_roles(self, roles: Mapping[str, frozenset[str]], on: Iterable[str]) -> Tensor:
         """Run the block with the projections of all roles except `on` zeroed."""
-        chosen, names = _union(roles[role] for role in on), _union(roles.values())
+        chosen, names = union(roles[role] for role in on), union(roles.values())
         return self.call.run(self.state, {n: self.value(n) if n in chosen else self.zero(n) for n in names})
 
     def necessary(self, roles: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
@@ -248,7 +251,7 @@ class _Search:
 
     def by_branch(self, roles: Mapping[str, frozenset[str]]) -> dict[Branch, tuple[str, ...]]:
         """Split the projections into those of a branch that mixes tokens and those of a branch that does not."""
-        names = sorted(_union(roles.values()))
+        names = sorted(union(roles.values()))
         if not names:
             self.refuse("none of its projections changes the state")
         depth = 0
@@ -278,15 +281,15 @@ class _Search:
     def comparable(self, branch_names: Iterable[str], names: Iterable[str]) -> dict[str, Tensor]:
         """Scale projections so that the change they add is about as large as the state and exceeds rounding."""
         values = {n: self.value(n) for n in branch_names}
-        added = _size(self.call.run(self.state, {n: self.zero(n) for n in names} | values) - self.state)
-        size = _size(self.state)
+        added = root_mean_square(self.call.run(self.state, {n: self.zero(n) for n in names} | values) - self.state)
+        size = root_mean_square(self.state)
         if not (math.isfinite(added) and added > 0 and size > 0):
             return values
         return {n: value * 2.0 ** round(math.log2(size / added)) for n, value in values.items()}
 
     def order(self, projections: list[Projection], writers: Mapping[Branch, tuple[str, ...]]) -> Branch | None:
         """Return the branch whose result the second branch reads, from the graph; None for parallel branches."""
-        behind = {b: _union(p.behind for p in projections if p.names & set(writers[b])) for b in BRANCHES}
+        behind = {b: union(p.behind for p in projections if p.names & set(writers[b])) for b in BRANCHES}
         reused = [name for branch in BRANCHES for name in writers[branch] if name in behind[branch]]
         if reused:
             self.refuse(f"it adds to the state more than twice: another projection reads the result of {reused[0]}")
@@ -337,16 +340,18 @@ class _Search:
         parameter = self.parameters[name].detach()
         if parameter.ndim < 2:
             return parameter
-        size = _size(parameter)
+        size = root_mean_square(parameter)
         if size == 0:
             generator = torch.Generator().manual_seed(0)
             parameter, size = torch.randn(parameter.shape, generator=generator).to(parameter), 1.0
         return parameter * 2.0 ** -round(math.log2(size * _USUAL_SIZE))
 
     def zero(self, name: str) -> Tensor:
+        """Return zeros like a parameter."""
         return torch.zeros_like(self.parameters[name])
 
     def close(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors are equal up to the order of sums."""
         return bool((a - b).abs().max() <= self.tolerance * b.abs().max())
 
 
@@ -373,7 +378,8 @@ def _require_readable(call: BlockCall) -> None:
         )
 
 
-def _size(state: Tensor) -> float:
+def root_mean_square(state: Tensor) -> float:
+    """Return the root mean square of the elements of a tensor."""
     return float(state.double().square().mean().sqrt())
 
 

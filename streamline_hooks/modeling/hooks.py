@@ -15,6 +15,19 @@ from streamline_hooks.core import StreamlineError, padding_mask_of_call
 from streamline_hooks.modeling.block_stack import BlockStack
 from streamline_hooks.modeling.hidden_state import read_input
 
+_MODEL_HOOKS: list[Callable[..., Any]] = []
+
+
+def part_of_model(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function as a hook that belongs to a model, such as a splice, and return it."""
+    _MODEL_HOOKS.append(hook)
+    return hook
+
+
+def is_part_of_model(hook: object) -> bool:
+    """Whether a hook was marked by `part_of_model`."""
+    return any(hook is marked for marked in _MODEL_HOOKS)
+
 
 class ReadHook:
     """Forward hook or pre-hook that passes its arguments, without the module, to `read`.

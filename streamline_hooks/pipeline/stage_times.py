@@ -222,7 +222,7 @@ def positions_per_token(stack: BlockStack, batch: Any) -> float:
 
     An image has a hidden state per patch. A decoder can have other tokens than its encoder.
     """
-    record = HiddenStateRecorder(stack.model, [0], outputs=False, stop=True, stack=stack.path)
+    record = HiddenStateRecorder(stack.model, [0], sites=["block.input"], stop=True, stack=stack.path)
     with record.over([batch]) as passes:
         for _ in passes:
             states = record.inputs[0][0]

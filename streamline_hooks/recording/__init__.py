@@ -1,5 +1,37 @@
-"""Record the hidden states of a model while it runs."""
+"""Record and change the activations of a model while it runs."""
 
-from streamline_hooks.recording.recorder import ForwardStopped, HiddenStateRecorder
+from streamline_hooks.recording.intervention import (
+    Add,
+    Edit,
+    EditCall,
+    Intervention,
+    Mean,
+    Patch,
+    Replace,
+    Resample,
+    Scale,
+    Zero,
+)
+from streamline_hooks.recording.recorder import ForwardStopped, HiddenStateRecorder, RecordingConfig
+from streamline_hooks.recording.sites import BLOCK_SITES, MODEL_SITES, BlockSite, ModelSite, Site
 
-__all__ = ["ForwardStopped", "HiddenStateRecorder"]
+__all__ = [
+    "BLOCK_SITES",
+    "MODEL_SITES",
+    "Add",
+    "BlockSite",
+    "Edit",
+    "EditCall",
+    "ForwardStopped",
+    "HiddenStateRecorder",
+    "Intervention",
+    "Mean",
+    "ModelSite",
+    "Patch",
+    "RecordingConfig",
+    "Replace",
+    "Resample",
+    "Scale",
+    "Site",
+    "Zero",
+]

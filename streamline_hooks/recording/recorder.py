@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,17 @@ from streamline_hooks.modeling import (
     require_finite,
     token_mask,
 )
+from streamline_hooks.recording.sites import (
+    BLOCK_SITES,
+    MODEL_SITES,
+    BlockSite,
+    ContributionCheck,
+    ModelSite,
+    Site,
+    SiteAccess,
+    checked_sites,
+    resolve_sites,
+)
 
 
 class ForwardStopped(Exception):
@@ -80,14 +91,70 @@ class RecordedBatch:
         return by_token(self.record.outputs[k][0], self.record.stack[k])
 
 
-class HiddenStateRecorder:
-    """Record the hidden states that enter and leave the blocks of a model.
+@dataclass(frozen=True)
+class RecordingConfig:
+    """Device, dtype and graph of the tensors that a `HiddenStateRecorder` stores.
 
-    ``record.inputs[k]`` and ``record.outputs[k]`` are lists with one tensor per call of block k. A forward pass calls a
-    block once, ``generate`` calls it once for the prefill and once per decoding step, and a looped model calls it
-    several times per forward pass. The output of the last block is recorded before the model's final norm. If a
-    replacement is spliced in before a block, the recorded input is the state after the replacement. `over` runs many
-    batches.
+    Attributes
+    ----------
+    device, dtype : optional
+        Device and dtype of the stored tensors. Default: unchanged.
+    detach : bool
+        Store detached copies (default). If False, store the tensors themselves with their graph.
+    retain_grad : bool
+        With ``detach=False``, store the gradient of each tensor in its attribute ``grad``.
+
+    Raises
+    ------
+    StreamlineError
+        If `retain_grad` is combined with `detach`, `device` or `dtype`.
+    """
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    detach: bool = True
+    retain_grad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.retain_grad and (self.detach or self.device or self.dtype):
+            raise StreamlineError(_RETAIN_GRAD)
+
+
+_RETAIN_GRAD = (
+    "retain_grad=True stores the gradients of the model's own tensors, not of copies. Expected detach=False and the "
+    "defaults of tokens, device and dtype. Change these arguments, or pass retain_grad=False."
+)
+_DEFAULT = RecordingConfig()
+_EACH_BLOCK: tuple[Site, ...] = ("block.input", "block.output")
+
+
+class HiddenStateRecorder:
+    """Record the hidden states of a model at standard sites, by default where they enter and leave the blocks.
+
+    ``record[site][k]`` is a list with one tensor per call of block k; ``record.inputs`` and ``record.outputs`` are
+    ``record["block.input"]`` and ``record["block.output"]``. A forward pass calls a block once, ``generate`` calls it
+    once for the prefill and once per decoding step, and a looped model calls it several times per forward pass. For
+    the sites of the model (``embeddings``, ``final_norm``, ``logits``) ``record[site]`` is such a list. `over` runs
+    many batches.
+
+    ============================ =====================================================================================
+    site                         recorded tensor
+    ============================ =====================================================================================
+    ``block.input``              state that enters the block, after modules spliced in before it
+    ``block.output``             state that leaves the block; for the last block before the model's final norm
+    ``attention.input``          input of the attention, after the norm before it
+    ``attention.heads``          input of its output projection, (batch, tokens, heads, head size)
+    ``attention.output``         what the attention adds to the residual stream, after multipliers and norms
+    ``mlp.input``                input of the MLP or of the mixture of experts, after the norm before it
+    ``mlp.output``               what the MLP adds to the residual stream
+    ``embeddings``               output of the token embeddings
+    ``final_norm``               output of the norm after the last block
+    ``logits``                   logits that the model returns
+    ============================ =====================================================================================
+
+    The attention of a block is the branch that mixes tokens, for instance also a Mamba layer. The sites inside a block
+    are found by running it on a few tokens when the recorder is first opened on it. In the first recorded call of a
+    block its input and the two contributions must sum to its output to 1e-5. A site that cannot be read is refused.
 
     Parameters
     ----------
@@ -95,30 +162,30 @@ class HiddenStateRecorder:
         The model, not compiled.
     blocks : iterable of int, optional
         Indices of the blocks to record, in the current model; negative indices count from the end. Default: all.
-    inputs, outputs : bool
-        Whether to record the states that enter and leave the blocks.
+    sites : iterable of str, optional
+        Names of the table. Default: ``block.input`` and ``block.output``.
     tokens : {"all", "last", "real"} or torch.Tensor
         Tokens to record. "all" keeps the states in the layout of the block, usually (batch, tokens, features). "last"
         keeps the last real token of each sequence, (batch, features). "real" keeps all real tokens, (tokens, features).
         A boolean mask of shape (batch, tokens) keeps the tokens where it is True. "last" and "real" read the
         ``attention_mask`` or ``src_key_padding_mask`` of the model's call. The streams of a state with several streams
         are concatenated along the features, see `streamline_hooks.modeling.state_layout`.
-    device, dtype : optional
-        Device and dtype of the recorded states. Default: unchanged.
-    detach : bool
-        Record detached copies (default). If False, record the tensors themselves with their graph.
-    retain_grad : bool
-        With ``detach=False``, store the gradient of each state in its attribute ``grad``.
     stop : bool
         Stop the forward pass after the last recorded block. Run the model as ``record(**batch)`` in this case.
     stack : str, optional
         Path of the block stack, see `find_stack`.
+    config : RecordingConfig, optional
+        Device, dtype and graph of the recorded tensors.
+    probe : mapping or torch.Tensor, optional
+        A batch without padding on which the sites inside a block are found, if the library cannot create one.
 
     Raises
     ------
     StreamlineError
-        If the model is compiled, a block index is out of range, or `retain_grad` is combined with `detach`, `tokens`,
-        `device` or `dtype`.
+        If the model is compiled, a site is unknown, or a block index is out of range.
+    UnsupportedSurgery
+        When the recorder is opened: if a site cannot be read. In the first call of a block: if its input and the two
+        contributions do not sum to its output.
 
     Examples
     --------
@@ -129,6 +196,15 @@ class HiddenStateRecorder:
     ...     _ = encoder(torch.zeros(1, 4, 8))
     >>> sorted(record.outputs), record.inputs[0][0].shape
     ([0, 2], torch.Size([1, 4, 8]))
+
+    What the attention of block 1 adds to the state, by head:
+
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama")
+    >>> with torch.no_grad(), HiddenStateRecorder(model, [1], sites=["attention.heads", "attention.output"]) as record:
+    ...     _ = model(torch.tensor([[3, 4, 5]]))
+    >>> record["attention.heads"][1][0].shape, record["attention.output"][1][0].shape
+    (torch.Size([1, 3, 4, 8]), torch.Size([1, 3, 32]))
     """
 
     @validate_arguments()
@@ -137,15 +213,12 @@ class HiddenStateRecorder:
         model: nn.Module,
         blocks: Iterable[int] | None = None,
         *,
-        inputs: bool = True,
-        outputs: bool = True,
+        sites: Iterable[str] = _EACH_BLOCK,
         tokens: Literal["all", "last", "real"] | Tensor = "all",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        detach: bool = True,
-        retain_grad: bool = False,
         stop: bool = False,
         stack: str | None = None,
+        config: RecordingConfig = _DEFAULT,
+        probe: Batch | Tensor | None = None,
     ) -> None:
         self.stack = find_stack(model, stack)
         self.model = model
@@ -153,22 +226,23 @@ class HiddenStateRecorder:
         self.blocks = tuple(range(length) if blocks is None else sorted({*block_indices(blocks, length, "blocks")}))
         if not self.blocks:
             raise StreamlineError("blocks=[] is empty. Expected at least one block. Omit blocks to record all.")
-        if not (inputs or outputs):
+        self.sites = checked_sites(sites)
+        if config.retain_grad and not (isinstance(tokens, str) and tokens == "all"):
+            raise StreamlineError(_RETAIN_GRAD)
+        if stop and {"final_norm", "logits"} & set(self.sites):
             raise StreamlineError(
-                "inputs=False and outputs=False record nothing. Expected at least one of them to be True. Set one to "
-                "True."
+                "stop=True ends the forward pass before the final norm and the logits. Expected sites of blocks, or "
+                "embeddings. Omit stop."
             )
-        if retain_grad and (detach or not isinstance(tokens, str) or tokens != "all" or device or dtype):
-            raise StreamlineError(
-                "retain_grad=True stores the gradients of the model's own tensors, not of copies. Expected "
-                "detach=False and the defaults of tokens, device and dtype. Change these arguments, or pass "
-                "retain_grad=False."
-            )
-        self.inputs: dict[int, list[Tensor]] = {k: [] for k in self.blocks} if inputs else {}
-        self.outputs: dict[int, list[Tensor]] = {k: [] for k in self.blocks} if outputs else {}
+        self._by_block: dict[str, dict[int, list[Tensor]]] = {
+            site: {k: [] for k in self.blocks} for site in self.sites if site in BLOCK_SITES
+        }
+        self._by_model: dict[str, list[Tensor]] = {site: [] for site in self.sites if site in MODEL_SITES}
+        self.inputs = self._by_block.get("block.input", {})
+        self.outputs = self._by_block.get("block.output", {})
+        self._inner = any(site not in _EACH_BLOCK for site in self._by_block)
         self._tokens = tokens
-        self._device, self._dtype = device, dtype
-        self._detach, self._retain_grad = detach, retain_grad
+        self._config, self._probe = config, probe
         self._stop = stop
         self._attention_mask: Any = None
         self._call = OutermostCall()
@@ -184,6 +258,7 @@ class HiddenStateRecorder:
         refuse_replicated(self.model, "record the hidden states of")
         if not isinstance(self._tokens, str) or self._tokens != "all":
             require_batch_first(self.stack[0])
+        accesses = self._other_sites()
         try:
             self._handles += self._call.hooks(self.stack.ancestors)
             for module in self.stack.ancestors:
@@ -198,6 +273,16 @@ class HiddenStateRecorder:
                     self._handles.append(block.register_forward_pre_hook(read, with_kwargs=True))
                 if self.outputs:
                     self._handles.append(block.register_forward_hook(ReadHook(block, partial(self._read_output, k))))
+            for access in accesses:
+                for handle in access.hooks(partial(self._visit, access)):
+                    self._handles.append(handle)
+            contributions = {a.k: a.branches for a in accesses if a.k is not None and a.site.endswith(".output")}
+            for k, sites in contributions.items():
+                for handle in ContributionCheck(k, self.stack[k], sites).hooks() if sites is not None else ():
+                    self._handles.append(handle)
+            if self._stop and self._inner and not self.outputs:
+                last = self.stack[self.blocks[-1]]
+                self._handles.append(last.register_forward_hook(ReadHook(last, self._stop_forward)))
         except BaseException:
             self._remove_hooks()
             raise
@@ -217,9 +302,23 @@ class HiddenStateRecorder:
         except ForwardStopped:
             return None
 
+    @overload
+    def __getitem__(self, site: BlockSite) -> dict[int, list[Tensor]]: ...
+    @overload
+    def __getitem__(self, site: ModelSite) -> list[Tensor]: ...
+    def __getitem__(self, site: Site) -> dict[int, list[Tensor]] | list[Tensor]:
+        """Return the tensors of a site: a list per block, or the list of a site of the model."""
+        if site in self._by_model:
+            return self._by_model[site]
+        if site not in self._by_block:
+            raise StreamlineError(
+                f"site={site!r} is not recorded. Expected one of {', '.join(self.sites)}. Pass it in sites=[...]."
+            )
+        return self._by_block[site]
+
     def clear(self) -> None:
         """Delete the recorded states."""
-        for states in (*self.inputs.values(), *self.outputs.values()):
+        for states in self._lists():
             states.clear()
         self._latest = None
         self._flow.release()
@@ -256,7 +355,7 @@ class HiddenStateRecorder:
         >>> import torch
         >>> from streamline_hooks.testing import tiny_model
         >>> ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-        >>> record = HiddenStateRecorder(tiny_model("llama"), [3], outputs=False, stop=True)
+        >>> record = HiddenStateRecorder(tiny_model("llama"), [3], sites=["block.input"], stop=True)
         >>> with record.over([{"input_ids": ids, "attention_mask": mask}]) as recorded:
         ...     norms = torch.cat([batch.entering(3)[batch.real].norm(dim=-1) for batch in recorded])
         >>> len(norms), bool(norms.mean() > 0)
@@ -284,7 +383,7 @@ class HiddenStateRecorder:
 
     def _one_visit(self) -> Tensor:
         """Return a recorded state; raise unless the forward pass called each recorded block once."""
-        visited = [(k, visits) for by_block in (self.inputs, self.outputs) for k, visits in by_block.items()]
+        visited = [(k, visits) for by_block in self._by_block.values() for k, visits in by_block.items()]
         for k, visits in visited:
             if len(visits) != 1:
                 raise UnsupportedSurgery(
@@ -305,6 +404,24 @@ class HiddenStateRecorder:
                         seen.add(id(state))
                         require_finite(by_token(state, self.stack[k]), real, f"{kind} block {k}", number)
 
+    def _lists(self) -> Iterator[list[Tensor]]:
+        for by_block in self._by_block.values():
+            yield from by_block.values()
+        yield from self._by_model.values()
+
+    def _other_sites(self) -> list[SiteAccess]:
+        """Find the sites that are not the input or output of a block."""
+        inner = [(site, k) for site in self._by_block if site not in _EACH_BLOCK for k in self.blocks]
+        wanted = [*inner, *((site, None) for site in self._by_model)]
+        return resolve_sites(self.stack, cast("list[tuple[Site, int | None]]", wanted), self._probe) if wanted else []
+
+    def _visit(self, access: SiteAccess, state: Tensor) -> None:
+        states = self._by_model[access.site] if access.k is None else self._by_block[access.site][access.k]
+        states.append(self._convert(state, access.by_token))
+
+    def _stop_forward(self, *values: Any) -> None:
+        raise ForwardStopped(_STOPPED)
+
     def _remove_hooks(self) -> None:
         while self._handles:
             self._handles.pop().remove()
@@ -321,24 +438,28 @@ class HiddenStateRecorder:
         )
 
     def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs[k].append(self._convert(read_input(args, kwargs, self.stack[k]), self.stack[k]))
-        if self._stop and k == self.blocks[-1] and not self.outputs:
+        self.inputs[k].append(
+            self._convert(read_input(args, kwargs, self.stack[k]), partial(by_token, block=self.stack[k]))
+        )
+        if self._stop and k == self.blocks[-1] and not (self.outputs or self._inner):
             raise ForwardStopped(_STOPPED)
 
     def _read_output(self, k: int, args: tuple[Any, ...], output: Any) -> None:
-        self.outputs[k].append(self._convert(read_output(output), self.stack[k]))
+        self.outputs[k].append(self._convert(read_output(output), partial(by_token, block=self.stack[k])))
         if self._stop and k == self.blocks[-1]:
             raise ForwardStopped(_STOPPED)
 
-    def _convert(self, state: Tensor, block: nn.Module) -> Tensor:
+    def _convert(self, state: Tensor, batch_first: Callable[[Tensor], Tensor]) -> Tensor:
         # The output of a block is usually the input of the next: such a tensor is copied once. A compiler cannot trace
         # versions and addresses.
         compiling = torch.compiler.is_compiling()
         version = None if compiling or state.is_inference() else state._version
         if self._latest is not None and self._latest[0] is state and self._latest[1] == version is not None:
             return self._latest[2]
-        if self._detach:
-            recorded = self._select_tokens(state.detach(), block).to(device=self._device, dtype=self._dtype)
+        if self._config.detach:
+            recorded = self._select_tokens(state.detach(), batch_first).to(
+                device=self._config.device, dtype=self._config.dtype
+            )
             if compiling or recorded.data_ptr() == state.data_ptr():
                 recorded = recorded.clone()  # a block may modify its input in place
         elif self._with_graph and not torch.is_grad_enabled():
@@ -350,15 +471,17 @@ class HiddenStateRecorder:
         else:
             # Checkpointing counts the tensors that a block saves for its backward pass; these are not part of them.
             with nullcontext() if compiling else saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-                recorded = self._select_tokens(state, block).to(device=self._device, dtype=self._dtype)
-            if self._retain_grad and recorded.requires_grad:
+                recorded = self._select_tokens(state, batch_first).to(
+                    device=self._config.device, dtype=self._config.dtype
+                )
+            if self._config.retain_grad and recorded.requires_grad:
                 recorded.retain_grad()
         self._latest = (state, version, recorded)
         return recorded
 
-    def _select_tokens(self, state: Tensor, block: nn.Module) -> Tensor:
+    def _select_tokens(self, state: Tensor, batch_first: Callable[[Tensor], Tensor]) -> Tensor:
         if isinstance(self._tokens, Tensor) or self._tokens != "all":
-            state = state if state.is_nested else by_token(state, block)
+            state = state if state.is_nested else batch_first(state)
         if isinstance(self._tokens, Tensor):
             state = padded(state, self._tokens.shape[1])
             mask = self._tokens.to(state.device).bool()

@@ -19,6 +19,7 @@ from streamline_hooks.modeling import (
     Branch,
     Branches,
     StateSource,
+    branches_of,
     closing_generator,
     reading_branches,
     require_branches_readable,
@@ -28,7 +29,7 @@ from streamline_hooks.repair.least_squares import solve_least_squares
 from streamline_hooks.repair.placement import fit_possible
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.statistics import WindowMoments, moments_by_window
-from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, as_state_source, branches_of, spliced
+from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, as_state_source, spliced
 
 
 @dataclass(frozen=True)

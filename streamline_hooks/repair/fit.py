@@ -29,6 +29,7 @@ from streamline_hooks.modeling import (
     Branch,
     Branches,
     StateSource,
+    branches_of,
     check_windows,
     closing_generator,
     inference,
@@ -47,7 +48,7 @@ from streamline_hooks.repair.least_squares import (
 )
 from streamline_hooks.repair.placement import Repair, WindowReplacement, blocks_of
 from streamline_hooks.statistics import WindowMoments, moments_by_window
-from streamline_hooks.surgery import BEFORE, as_state_source, branches_of, match_block, run_splices
+from streamline_hooks.surgery import BEFORE, as_state_source, match_block, run_splices
 
 _ROUNDING = 1e-9  # tolerance of a comparison of relative errors
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from streamline_hooks.core import Batch, UnsupportedSurgery
 from streamline_hooks.evaluation import Perplexity, distances_of_variants, perplexity, perplexity_of_candidates
-from streamline_hooks.modeling import BRANCHES, BlockStack, Branch, Candidate, StateSource, Task
+from streamline_hooks.modeling import BRANCHES, BlockStack, Branch, Candidate, StateSource, Task, branches_of
 from streamline_hooks.repair import BranchLinear, WindowReplacement, insert_replacement, is_spliced
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.selection.selection import Selection
-from streamline_hooks.surgery import LayerSurgeon, ModelSource, branches_of, zero_output
+from streamline_hooks.surgery import LayerSurgeon, ModelSource, zero_output
 
 Writers = Mapping[tuple[int, Branch], Sequence[str]]
 """By (block, branch), the paths inside the block of the modules whose outputs the branch adds to the hidden state."""

@@ -24,13 +24,14 @@ from streamline_hooks.modeling import (
     Branches,
     StateSource,
     WatchedMask,
+    branches_of,
     inference,
     reading_branches,
     require_branches_readable,
     token_mask,
 )
 from streamline_hooks.recording import HiddenStateRecorder
-from streamline_hooks.surgery import as_state_source, branches_of
+from streamline_hooks.surgery import as_state_source
 
 _TOKENS_AT_ONCE = 4096
 
@@ -191,7 +192,7 @@ def _measure_in_memory(
     source: StateSource, batches: list[Batch | Tensor], branches: Mapping[int, Branches]
 ) -> BranchScores:
     model = source.model
-    record = HiddenStateRecorder(model, [max(branches)], inputs=False, stop=True, stack=source.stack.path)
+    record = HiddenStateRecorder(model, [max(branches)], sites=["block.output"], stop=True, stack=source.stack.path)
     scores, watched = BranchScores(len(record.stack)), WatchedMask(record.stack)
 
     def receive(k: int, branch: Branch, before: Tensor, after: Tensor) -> None:

@@ -43,7 +43,6 @@ from streamline_hooks.surgery.splice import (
 from streamline_hooks.surgery.spliced_model import MODEL_TYPE, StreamlinedConfig, base_class
 from streamline_hooks.surgery.surgeon import LayerSurgeon
 from streamline_hooks.surgery.zeroed_branches import (
-    branches_of,
     find_zeros,
     zero_output,
     zero_parameter_ids,
@@ -70,7 +69,6 @@ __all__ = [
     "SurgeryPlan",
     "as_state_source",
     "base_class",
-    "branches_of",
     "bypass",
     "bypassing",
     "checked_window",

@@ -36,19 +36,21 @@ from streamline_hooks.modeling import (
     BlockStack,
     Branch,
     Branches,
+    choose_probe_inputs,
+    isolated_inference,
+    observe_blocks,
     parameter_pattern,
+    probe_logits,
     read_input,
     read_output,
     sum_order_tolerance,
     write_input,
     write_output,
 )
-from streamline_hooks.surgery.probe import choose_probe_inputs, isolated_inference, probe_logits
 from streamline_hooks.surgery.zeroed_branches import (
     Parameters,
     ParameterSwap,
     computed_parameter,
-    observe_blocks,
     parameter_like,
     require_branches,
     require_unquantized,

@@ -22,7 +22,7 @@ from streamline_hooks.modeling import (
     inference,
     saved_weights,
 )
-from streamline_hooks.recording import HiddenStateRecorder
+from streamline_hooks.recording import BlockSite, HiddenStateRecorder
 from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.splice import BEFORE, run_splices
 
@@ -69,7 +69,8 @@ class ModelSource(StateSource):
         length = len(self.stack)
         whole = blocks == length  # otherwise the last state is the input of block `blocks`
         chosen = None if whole else range(blocks + 1)
-        record = HiddenStateRecorder(self.model, chosen, outputs=whole, stop=True, stack=self.stack.path)
+        sites: tuple[BlockSite, ...] = ("block.input", "block.output") if whole else ("block.input",)
+        record = HiddenStateRecorder(self.model, chosen, sites=sites, stop=True, stack=self.stack.path)
         with record.over(batches, f"{desc}: {blocks} of {length} blocks, no head") as passed:
             for number, recorded in enumerate(passed):
                 states = [recorded.entering(k) for k in record.blocks]
@@ -129,7 +130,7 @@ class ModelSource(StateSource):
         self, batches: Batches, candidates: Sequence[Candidate], desc: str
     ) -> Generator[VariantOutputs, None, None]:
         starts = sorted({candidate.window.start for candidate in candidates})
-        record = HiddenStateRecorder(self.model, starts, outputs=False, stack=self.stack.path)
+        record = HiddenStateRecorder(self.model, starts, sites=["block.input"], stack=self.stack.path)
         total = (1 + len(candidates)) * sum(map(count_tokens, batches))
         with progress_bar(total, desc) as bar, record.over(batches) as passed:
 

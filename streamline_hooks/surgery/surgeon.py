@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, describe_blocks, validate_arguments
-from streamline_hooks.modeling import BlockStack, Branch
+from streamline_hooks.modeling import BlockStack, Branch, ProbeFailedError
 from streamline_hooks.surgery import commit
 from streamline_hooks.surgery.fold import (
     divided,
@@ -25,7 +25,7 @@ from streamline_hooks.surgery.fold import (
 from streamline_hooks.surgery.hazards import Hazard, find_dependency_hazards, find_hazards, find_insertion_hazards
 from streamline_hooks.surgery.layout import checked_window
 from streamline_hooks.surgery.plan import SurgeryPlan
-from streamline_hooks.surgery.probe import ProbeFailedError, find_mismatch
+from streamline_hooks.surgery.probe import find_mismatch
 from streamline_hooks.surgery.save_guard import saved_model_depth
 from streamline_hooks.surgery.session import Session
 from streamline_hooks.surgery.verify import compare_with_reference

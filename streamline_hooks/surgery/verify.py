@@ -17,16 +17,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamline_hooks.modeling import BlockStack, read_input, read_output
+from streamline_hooks.modeling import BlockStack, isolated_inference, probe_logits, read_input, read_output
 from streamline_hooks.surgery.edits import Edits
 from streamline_hooks.surgery.hazards import Hazard
 from streamline_hooks.surgery.layer_indices import INDEX_NAMES, find_index_attributes
 from streamline_hooks.surgery.probe import (
     CACHE_MISMATCH,
     find_mismatch,
-    isolated_inference,
     matches_reference,
-    probe_logits,
     run_reference,
 )
 from streamline_hooks.surgery.save_guard import saved_model_depth

@@ -7,8 +7,7 @@ be restored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,27 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, prepare_inputs, weights_in_memory
+from streamline_hooks.core import Batch, UnsupportedSurgery
 from streamline_hooks.modeling import (
     BlockCall,
     BlockStack,
     Branch,
     Branches,
-    find_branches,
-    observe_calls,
+    branches_in,
+    observe_blocks,
     read_output,
     write_output,
 )
 from streamline_hooks.surgery.probe import (
-    ProbeFailedError,
     ReferenceRun,
-    choose_probe_inputs,
-    isolated_inference,
-    probe_logits,
     run_reference_with_hooks,
 )
-from streamline_hooks.surgery.save_guard import saved_model_depth
-from streamline_hooks.surgery.splice import AFTER, BEFORE
 
 Parameters = Mapping[str, nn.Parameter]
 """Parameters by their path below a block."""
@@ -111,86 +104,6 @@ def require_unquantized(parameter: nn.Parameter, k: int, path: str, replacement:
             f"{replacement} cannot replace {path} of block {k}, which is a {type(parameter).__name__} of "
             f"{parameter.dtype} ({type(parameter.data).__name__}). {advice}"
         )
-
-
-@contextmanager
-def observe_blocks(
-    stack: BlockStack, blocks: Iterable[int], batch: Batch | Tensor | None = None
-) -> Iterator[dict[int, BlockCall | UnsupportedSurgery]]:
-    """Run a model on the probe inputs, or on a batch without padding, and yield `observe_calls` of some blocks.
-
-    Inside, the model is in evaluation mode, without gradients and hooks, so that its blocks can be run again.
-    """
-    model: Any = stack.model
-    if batch is None and saved_model_depth(stack) is None:
-        raise StreamlineError(f"{_NEEDS_RUN} no probe inputs are known for {type(model).__name__}. {_PASS_BATCH}")
-    chosen_blocks = {k: stack[k] for k in blocks}
-    single_block = next(iter(chosen_blocks.values())) if len(chosen_blocks) == 1 else nn.Identity()
-    with weights_in_memory(single_block), isolated_inference(model):  # several offloaded blocks may not fit
-        try:
-            if batch is None:
-                run = partial(probe_logits, model, choose_probe_inputs(model, next(iter(chosen_blocks.values()), None)))
-            else:
-                run = partial(model, **prepare_inputs(model, batch))
-            calls = observe_calls(chosen_blocks, run)
-        except ProbeFailedError as error:
-            reason = f"{_NEEDS_RUN} {type(model).__name__} cannot be run on the probe inputs ({error}). {_PASS_BATCH}"
-            raise StreamlineError(reason) from error
-        yield calls
-
-
-_NEEDS_RUN = "The branches of a block are found by running the model, and"
-_PASS_BATCH = "Pass a batch of model input without padding (batch=...)."
-
-
-def branches_of(
-    stack: BlockStack, blocks: Iterable[int], batch: Batch | Tensor | None = None
-) -> dict[int, Branches | UnsupportedSurgery]:
-    """Find the residual branches of blocks by running the model.
-
-    Parameters
-    ----------
-    stack : BlockStack
-        Stack of blocks; see `find_stack`.
-    blocks : iterable of int
-        Indices of the blocks.
-    batch : mapping or torch.Tensor, optional
-        Model input without padding. Required for a model that cannot be probed without one.
-
-    Returns
-    -------
-    dict of int to Branches or UnsupportedSurgery
-        The branches of each block, or the error with the reason why there are none.
-
-    Raises
-    ------
-    StreamlineError
-        If the model cannot be run without a batch.
-
-    Examples
-    --------
-    >>> from streamline_hooks.modeling import find_stack
-    >>> from streamline_hooks.testing import tiny_model
-    >>> branches = branches_of(find_stack(tiny_model("llama")), [1])
-    >>> branches[1].writers["mlp"]
-    ('mlp.down_proj.weight',)
-    """
-    branches: dict[int, Branches | UnsupportedSurgery] = {}
-    with observe_blocks(stack, blocks, batch) as calls:
-        for k, call in calls.items():
-            with weights_in_memory(stack[k]):
-                branches[k] = branches_in(call)
-    return branches
-
-
-def branches_in(call: BlockCall | UnsupportedSurgery) -> Branches | UnsupportedSurgery:
-    """Find the branches of a block, without its splices, from one call, or return the error."""
-    if isinstance(call, UnsupportedSurgery):
-        return call
-    try:
-        return find_branches(call, apart=(BEFORE, AFTER))
-    except UnsupportedSurgery as error:
-        return error
 
 
 def require_branches(call: BlockCall | UnsupportedSurgery, refusal: str) -> tuple[BlockCall, Branches]:

@@ -247,7 +247,7 @@ def quiet() -> Iterator[None]:
 
 
 def width_of(model: nn.Module) -> int:
-    with torch.no_grad(), HiddenStateRecorder(model, [0], outputs=False) as record:
+    with torch.no_grad(), HiddenStateRecorder(model, [0], sites=["block.input"]) as record:
         model(**prepare_inputs(model, tiny_inputs(model, tokens=TOKENS)))
     return record.inputs[0][0].shape[-1]
 

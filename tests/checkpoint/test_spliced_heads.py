@@ -19,7 +19,7 @@ HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 
 
 def states(model: Any) -> torch.Tensor:
-    with torch.no_grad(), HiddenStateRecorder(model, [-1], inputs=False) as record:
+    with torch.no_grad(), HiddenStateRecorder(model, [-1], sites=["block.output"]) as record:
         model(tokens(1, 9))
     return record.outputs[max(record.outputs)][0]
 

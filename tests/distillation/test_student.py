@@ -35,7 +35,7 @@ def linear(seed: int = 0) -> LinearReplacement:
 
 
 def entering(model: nn.Module, k: int) -> torch.Tensor:
-    with torch.no_grad(), HiddenStateRecorder(model, [k], outputs=False, stop=True) as record:
+    with torch.no_grad(), HiddenStateRecorder(model, [k], sites=["block.input"], stop=True) as record:
         record(**BATCH)
     return record.inputs[k][0]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import UnsupportedSurgery, find_stack
+from streamline_hooks.modeling import branches_of
 from streamline_hooks.modeling.block_call import BlockCall, observe_calls
 from streamline_hooks.modeling.branches import BRANCHES, Branches, find_branches
-from streamline_hooks.surgery import branches_of
 from streamline_hooks.testing import causal_model_types, tiny_inputs, tiny_model
 
 WIDTH = 16

@@ -142,7 +142,7 @@ def test_a_batch_number_is_that_of_the_batch() -> None:
 def test_padding_may_hold_anything() -> None:
     model, batch = tiny_model("llama"), left_padded(2, 6)
     model.model.embed_tokens.weight.data[0] = 1e30  # the padding token
-    record = HiddenStateRecorder(model, [0], outputs=False, stop=True)
+    record = HiddenStateRecorder(model, [0], sites=["block.input"], stop=True)
     assert exhaust(record.over([batch])) == 1
 
 

@@ -183,7 +183,7 @@ def test_the_memory_of_a_stage_is_that_of_its_states(name: str) -> None:
     """An image is one of what is counted, and has a state for each patch and the class; labels change nothing."""
     model, given = made(name), drawn(name, 0, 1)
     stack = find_stack(model, OTHERS[name].path(model))
-    record = HiddenStateRecorder(model, [1], outputs=False, stack=stack.path)
+    record = HiddenStateRecorder(model, [1], sites=["block.input"], stack=stack.path)
     with record.over(given) as passes:
         states = [record.inputs[1][0].shape for _ in passes]
     (shape,) = states

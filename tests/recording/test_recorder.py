@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
 from streamline_hooks.modeling import by_token, read_output
+from streamline_hooks.recording import BlockSite, RecordingConfig
 from streamline_hooks.recording.recorder import ForwardStopped
 from streamline_hooks.testing import causal_model_types, tiny_inputs
 from streamline_hooks.testing import tiny_model as tiny_of_type
@@ -141,23 +142,25 @@ def test_an_output_that_is_the_next_input_is_kept_once() -> None:
 
 def test_dtype_and_the_graph() -> None:
     model = tiny_model("llama")
-    with HiddenStateRecorder(model, [1], dtype=torch.float64) as record:
+    with HiddenStateRecorder(model, [1], config=RecordingConfig(dtype=torch.float64)) as record:
         model(tokens(1, 4))
     assert record.inputs[1][0].dtype == torch.float64 and not record.inputs[1][0].requires_grad
-    with HiddenStateRecorder(model, [1], detach=False) as record:
+    with HiddenStateRecorder(model, [1], config=RecordingConfig(detach=False)) as record:
         model(tokens(1, 4))
     record.outputs[1][0].sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
     assert model.model.layers[2].mlp.up_proj.weight.grad is None
 
 
-@pytest.mark.parametrize(("outputs", "ran"), [(True, 3), (False, 2)])
-def test_stop_runs_no_further_block(outputs: bool, ran: int) -> None:
+@pytest.mark.parametrize(
+    ("sites", "ran"), [(["block.input", "block.output"], 3), (["block.input"], 2), (["block.input", "mlp.output"], 3)]
+)
+def test_stop_runs_no_further_block(sites: list[BlockSite], ran: int) -> None:
     model, called = tiny_model("llama"), []
     for k, block in enumerate(find_stack(model).blocks):
         block.mlp.register_forward_hook(lambda m, a, o, k=k: called.append(k))
     model.lm_head.register_forward_hook(lambda m, a, o: called.append("head"))
-    with HiddenStateRecorder(model, [0, 1, 2], outputs=outputs, stop=True) as record:
+    with HiddenStateRecorder(model, [0, 1, 2], sites=sites, stop=True) as record:
         assert record(input_ids=tokens(1, 4)) is None
         with pytest.raises(ForwardStopped, match=r"record\(\*\*batch\)"):
             model(tokens(1, 4))
@@ -215,8 +218,12 @@ def test_compiled_models_and_wrong_words_are_refused() -> None:
         HiddenStateRecorder(torch.compile(model)).__enter__()
     with pytest.raises(StreamlineError, match=r"tokens='some' is unknown.*'all' or 'last' or 'real'"):
         HiddenStateRecorder(model, tokens="some")
-    with pytest.raises(StreamlineError, match="inputs=False and outputs=False.*Set"):
-        HiddenStateRecorder(model, inputs=False, outputs=False)
+    with pytest.raises(StreamlineError, match="sites=.. is empty.*Omit sites"):
+        HiddenStateRecorder(model, sites=[])
+    with pytest.raises(StreamlineError, match=r"site='attn' is unknown.*attention\.output"):
+        HiddenStateRecorder(model, sites=["attn"])
+    with pytest.raises(StreamlineError, match=r"stop=True ends the forward pass before"):
+        HiddenStateRecorder(model, sites=["logits"], stop=True)
     with pytest.raises(StreamlineError, match="not open"):
         HiddenStateRecorder(model)(input_ids=tokens(1, 4))
 

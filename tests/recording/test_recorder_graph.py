@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, StreamlineError, find_stack
+from streamline_hooks.recording import RecordingConfig
 from tests.tiny_models import BLOCKS, FAMILIES, WIDTH, padded, tiny_model, tokens
 
 
@@ -18,7 +19,7 @@ def test_an_auxiliary_loss_has_the_gradient_of_the_same_loss_without_hooks(famil
     """Against a forward that is cut short by hand: a loss on what enters block 3 is one on what block 2 leaves."""
     model = tiny_model(family)
     batch = padded([7, 4], side)
-    with HiddenStateRecorder(model, [2, 3], detach=False) as record:
+    with HiddenStateRecorder(model, [2, 3], config=RecordingConfig(detach=False)) as record:
         logits = model(**batch, use_cache=False).logits
     (record.outputs[2][0].square().mean() + logits.square().mean()).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -40,7 +41,7 @@ def test_an_auxiliary_loss_has_the_gradient_of_the_same_loss_without_hooks(famil
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_the_states_are_kept(family: str) -> None:
     model = tiny_model(family)
-    with HiddenStateRecorder(model, detach=False, retain_grad=True) as record:
+    with HiddenStateRecorder(model, config=RecordingConfig(detach=False, retain_grad=True)) as record:
         loss = model(tokens(2, 7), use_cache=False).logits.square().mean()
     states = [record.inputs[0][0], *(record.outputs[k][0] for k in range(BLOCKS))]
     expected = torch.autograd.grad(loss, states, retain_graph=True)
@@ -59,25 +60,21 @@ def test_gradients_are_kept_under_gradient_checkpointing() -> None:
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with HiddenStateRecorder(model, inputs=False, detach=False, retain_grad=True) as record:
+        with HiddenStateRecorder(
+            model, sites=["block.output"], config=RecordingConfig(detach=False, retain_grad=True)
+        ) as record:
             model(tokens(2, 7), use_cache=False).logits.square().mean().backward()
         assert all(len(visits) == 1 for visits in record.outputs.values())
         found.append(torch.stack([record.outputs[k][0].grad for k in range(BLOCKS)]))
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"detach": False, "tokens": "last"},
-        {"detach": False, "dtype": torch.float64},
-        {"detach": False, "device": "cpu"},
-    ],
-)
+@pytest.mark.parametrize("options", [{}, {"detach": False, "dtype": torch.float64}, {"detach": False, "device": "cpu"}])
 def test_gradients_of_something_else_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(StreamlineError, match=r"retain_grad=True.*Expected detach=False"):
-        HiddenStateRecorder(tiny_model("llama"), retain_grad=True, **options)  # type: ignore[arg-type]
+        RecordingConfig(retain_grad=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(StreamlineError, match=r"retain_grad=True.*Expected detach=False"):
+        HiddenStateRecorder(tiny_model("llama"), tokens="last", config=RecordingConfig(detach=False, retain_grad=True))
 
 
 def test_a_probe_and_the_model_learn_together() -> None:
@@ -90,7 +87,9 @@ def test_a_probe_and_the_model_learn_together() -> None:
     losses = []
     for _ in range(120):
         ids = torch.randint(3, 11, (16, 8))
-        with HiddenStateRecorder(model, [2], inputs=False, detach=False, stop=True) as record:
+        with HiddenStateRecorder(
+            model, [2], sites=["block.output"], stop=True, config=RecordingConfig(detach=False)
+        ) as record:
             record(input_ids=ids)
         loss = nn.functional.cross_entropy(
             probe(record.outputs[2][0][:, 2:]).flatten(0, 1), (ids[:, :-2] - 3).flatten()
@@ -117,7 +116,7 @@ def test_self_distillation_teaches_an_early_exit() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     losses = []
     for _ in range(150):
-        with HiddenStateRecorder(model, [2], inputs=False, detach=False) as record:
+        with HiddenStateRecorder(model, [2], sites=["block.output"], config=RecordingConfig(detach=False)) as record:
             teacher = model(torch.randint(3, 61, (8, 8)), use_cache=False).logits.detach()
         student = model.lm_head(model.model.norm(record.outputs[2][0]))
         loss = nn.functional.kl_div(

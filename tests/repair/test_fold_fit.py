@@ -87,13 +87,13 @@ def test_the_model_has_the_error_that_was_predicted(family: str) -> None:
     fit, held_out = tokens(20, 12), tokens(6, 12, seed=1)
     measured = [measure_fold_moments(model, [ids], [window])[0] for ids in (fit, held_out)]
     map_ = solve_least_squares(*measured).map
-    with HiddenStateRecorder(model, [3], inputs=False) as record, torch.no_grad():
+    with HiddenStateRecorder(model, [3], sites=["block.output"]) as record, torch.no_grad():
         model(held_out)
     y = record.outputs[3][0]
     with LayerSurgeon(model) as surgeon:
         surgeon.fold(1, torch.eye(WIDTH) + map_)
         surgeon.remove(window)
-        with HiddenStateRecorder(model, [1], inputs=False) as record, torch.no_grad():
+        with HiddenStateRecorder(model, [1], sites=["block.output"]) as record, torch.no_grad():
             model(held_out)
     off = (record.outputs[1][0] - y).square().sum(-1) / y.square().sum(-1)
     assert off.mean().item() == pytest.approx(measured[1].error(map_), rel=1e-4)

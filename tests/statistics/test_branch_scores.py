@@ -13,10 +13,9 @@ from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.core import prepare_inputs
-from streamline_hooks.modeling import BRANCHES, Branches, TensorSite, reading_branches
+from streamline_hooks.modeling import BRANCHES, Branches, TensorSite, branches_of, reading_branches
 from streamline_hooks.recording import HiddenStateRecorder
 from streamline_hooks.statistics.branches import BranchScores, measure_branches
-from streamline_hooks.surgery import branches_of
 from streamline_hooks.testing import tiny_inputs
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import BLOCKS, Nudge, padded, shuffled_batches, tiny_model

@@ -11,12 +11,11 @@ from transformers import LlamaForCausalLM
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, compress, find_stack
 from streamline_hooks.core import UnsupportedSurgery, prepare_inputs
+from streamline_hooks.modeling import isolated_inference, probe_logits
 from streamline_hooks.surgery import resume
 from streamline_hooks.surgery.probe import (
     ReferenceRun,
-    isolated_inference,
     matches_reference,
-    probe_logits,
     run_reference,
 )
 from streamline_hooks.testing import causal_model_types

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
-from streamline_hooks.modeling import find_stacks, read_output, write_output
-from streamline_hooks.surgery.probe import candidate_inputs, choose_probe_inputs, run_reference
+from streamline_hooks.modeling import candidate_inputs, choose_probe_inputs, find_stacks, read_output, write_output
+from streamline_hooks.surgery.probe import run_reference
 from tests.other_models import OTHERS, PICTURE, made
 
 # Transformers 4 gives Qwen2-VL's tokens their positions anew at each step, unless it is told where they are.

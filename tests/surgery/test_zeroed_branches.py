@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
-from streamline_hooks.modeling import BRANCHES, Branches, read_output, write_output
+from streamline_hooks.modeling import BRANCHES, Branches, branches_of, read_output, write_output
 from streamline_hooks.surgery import zeroed_branches
-from streamline_hooks.surgery.zeroed_branches import branches_of
 from streamline_hooks.testing import tiny_inputs
 from streamline_hooks.testing import tiny_model as tiny
 from tests.surgery.test_surgeon import bypassed, fingerprint, logits

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError
+from streamline_hooks.recording import RecordingConfig
 from streamline_hooks.training import HiddenStateMonitor, Measurement
 from tests.tiny_models import BLOCKS, FAMILIES, padded, tiny_model, tokens
 
@@ -56,7 +57,7 @@ def reference(model: nn.Module, *batches: dict[str, torch.Tensor]) -> dict[str, 
     rows: list[list[torch.Tensor]] = [[] for _ in range(BLOCKS + 1)]
     squares = [0.0] * (BLOCKS + 1)
     for batch in batches:
-        with HiddenStateRecorder(model, detach=False, retain_grad=True) as record:
+        with HiddenStateRecorder(model, config=RecordingConfig(detach=False, retain_grad=True)) as record:
             loss_of(model, batch).backward()
         real = batch["attention_mask"].bool()
         for place in range(BLOCKS + 1):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError
+from streamline_hooks.recording import RecordingConfig
 from tests.tiny_models import BLOCKS, Nudge, left_padded, tiny_model
 
 both = pytest.mark.parametrize("use_reentrant", [True, False])
@@ -72,7 +73,7 @@ def test_a_kept_graph_goes_through_the_checkpoint(tokens: str, dtype: torch.dtyp
     mask, gradients = torch.tensor([[1] * 5, [1] * 3 + [0] * 2]), []
     for use_reentrant in (None, False):
         model = Checkpointed(use_reentrant)
-        with HiddenStateRecorder(model, detach=False, tokens=tokens, dtype=dtype) as record:
+        with HiddenStateRecorder(model, tokens=tokens, config=RecordingConfig(detach=False, dtype=dtype)) as record:
             output = model(states(), attention_mask=mask)
         sum(record.outputs[k][0].square().mean() for k in range(4)).backward(retain_graph=True)
         output.mean().backward()
@@ -83,9 +84,12 @@ def test_a_kept_graph_goes_through_the_checkpoint(tokens: str, dtype: torch.dtyp
 
 def test_a_graph_that_the_reentrant_kind_cuts_is_not_promised() -> None:
     model = Checkpointed(True)
-    with HiddenStateRecorder(model, detach=False), pytest.raises(StreamlineError, match="Use use_reentrant=False, or"):
+    with (
+        HiddenStateRecorder(model, config=RecordingConfig(detach=False)),
+        pytest.raises(StreamlineError, match="Use use_reentrant=False, or"),
+    ):
         model(states())
-    with torch.no_grad(), HiddenStateRecorder(model, detach=False) as record:
+    with torch.no_grad(), HiddenStateRecorder(model, config=RecordingConfig(detach=False)) as record:
         model(states())  # nobody expects a graph here
     assert len(record.inputs[0]) == 1
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError
+from streamline_hooks.recording import RecordingConfig
 from tests.tiny_models import BLOCKS, Nudge, tiny_model, tokens
 
 
@@ -68,7 +69,7 @@ def test_compiled_inside_a_surgeon_without_a_graph_break(backend: str) -> None:
 @pytest.mark.parametrize("detach", [True, False])
 def test_compiled_inside_a_recorder(detach: bool) -> None:
     model = tiny_model("llama")
-    with HiddenStateRecorder(model, detach=detach) as record:
+    with HiddenStateRecorder(model, config=RecordingConfig(detach=detach)) as record:
         logits(model)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         logits(compiled), logits(compiled)

@@ -12,6 +12,7 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack, load, save
 from streamline_hooks.core import device_of, execution_device, prepare_inputs, renumber_device_map
+from streamline_hooks.recording import RecordingConfig
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.surgery import resume
 from tests.other_models import made
@@ -57,9 +58,15 @@ def test_states_land_where_the_recorder_was_told(offload: Offload, tmp_path: Pat
     assert any(p.is_meta for p in model.parameters()) and device_of(model) == CPU
     batch = left_padded(2, 7)
     assert {v.device for v in prepare_inputs(model, batch).values() if isinstance(v, torch.Tensor)} == {CPU}
-    with torch.no_grad(), HiddenStateRecorder(plain, device="cpu", dtype=torch.float64) as expected:
+    with (
+        torch.no_grad(),
+        HiddenStateRecorder(plain, config=RecordingConfig(device="cpu", dtype=torch.float64)) as expected,
+    ):
         expected(**batch)
-    with torch.no_grad(), HiddenStateRecorder(model, device="cpu", dtype=torch.float64) as record:
+    with (
+        torch.no_grad(),
+        HiddenStateRecorder(model, config=RecordingConfig(device="cpu", dtype=torch.float64)) as record,
+    ):
         record(**batch)
     for k in range(BLOCKS):
         assert record.inputs[k][0].device == CPU

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon
+from streamline_hooks.recording import RecordingConfig
 from streamline_hooks.replacements import LinearReplacement
 from tests.tiny_models import BLOCKS, WIDTH, Nudge, tiny_model, tokens
 
@@ -82,7 +83,10 @@ def test_an_identity_under_autocast_changes_nothing_to_the_bit() -> None:
 
 @halves
 def test_states_are_kept_in_the_precision_that_was_asked_for(dtype: torch.dtype) -> None:
-    with torch.no_grad(), HiddenStateRecorder(tiny_model("llama", dtype), dtype=torch.float64) as record:
+    with (
+        torch.no_grad(),
+        HiddenStateRecorder(tiny_model("llama", dtype), config=RecordingConfig(dtype=torch.float64)) as record,
+    ):
         record(input_ids=tokens(1, 4))
     assert record.inputs[3][0].dtype == torch.float64
 

@@ -1,0 +1,601 @@
+"""Change the activations of a model at standard sites while it runs.
+
+An edit is a frozen dataclass that derives from `Edit`; adding one is writing one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    UnsupportedSurgery,
+    block_indices,
+    padding_mask_of_call,
+    padding_mask_with_cache,
+    refuse_compiled,
+    refuse_replicated,
+    validate_arguments,
+)
+from streamline_hooks.modeling import (
+    BlockStack,
+    ChangeHook,
+    OutermostCall,
+    ReadHook,
+    find_stack,
+    in_backward,
+    require_default_layout,
+)
+from streamline_hooks.recording.sites import (
+    MODEL_SITES,
+    ContributionCheck,
+    Site,
+    SiteAccess,
+    checked_sites,
+    resolve_sites,
+)
+
+Tokens = Literal["all", "real", "last"]
+Steps = Literal["all", "prefill", "decode"]
+
+
+@dataclass(frozen=True, eq=False)
+class EditCall:
+    """Properties of the forward pass that an edit can depend on.
+
+    Attributes
+    ----------
+    name : str
+        The site and the block, for messages.
+    real : torch.Tensor
+        Boolean mask of the real tokens, (batch, tokens).
+    number : int
+        Number of the forward pass since the intervention was opened, from 0.
+    feature_axes : int
+        Number of axes after (batch, tokens): 2 for heads, otherwise 1.
+    """
+
+    name: str
+    real: Tensor
+    number: int
+    feature_axes: int
+
+
+class Edit(ABC):
+    """A change of the tensor of a site. Subclasses are frozen dataclasses that implement `change`."""
+
+    depends_on_pass = False
+    """Whether the result depends on the number of the forward pass."""
+
+    @abstractmethod
+    def change(self, state: Tensor, call: EditCall) -> Tensor:
+        """Return the tensor for all tokens, (batch, tokens, ...), without changing `state` in place.
+
+        Tokens that are not selected keep their values.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Replace(Edit):
+    """Replace the tensor by a value.
+
+    Attributes
+    ----------
+    value : torch.Tensor
+        One vector for all tokens, (features) or (heads, head size), or a tensor (batch, tokens, ...) whose sizes of 1
+        are repeated.
+    """
+
+    value: Tensor
+
+    def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
+        return _fitted(self.value, state, call).expand_as(state)
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Edit):
+    """Add a value, such as a steering vector, times a factor; see `Replace` for its shape."""
+
+    value: Tensor
+    factor: float = 1.0
+
+    def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
+        return state + self.factor * _fitted(self.value, state, call)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Edit):
+    """Multiply by a number, or by a tensor that fits like that of `Replace`: (heads, 1) is one factor per head."""
+
+    factor: float | Tensor
+
+    def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
+        return state * (_fitted(self.factor, state, call) if isinstance(self.factor, Tensor) else self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Zero(Edit):
+    """Replace the tensor by zeros."""
+
+    def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
+        return torch.zeros_like(state)
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Edit):
+    """Replace each token by the mean over tokens of other states.
+
+    Attributes
+    ----------
+    states : torch.Tensor, optional
+        States without padding, (..., features). Default: the real tokens of the forward pass, at least two.
+    """
+
+    states: Tensor | None = None
+
+    def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
+        return _pool(self.states, state, call).mean(dim=0).expand_as(state)
+
+
+@dataclass(frozen=True, eq=False)
+class Resample(Edit):
+    """Replace each real token by that of another state, drawn at random.
+
+    Attributes
+    ----------
+    states : torch.Tensor, optional
+        As in `Mean`.
+    seed : int
+        The draw depends on the seed, the forward pass and the number of states, and not on the padding. Sites with the
+        same seed draw the same tokens.
+    """
+
+    states: Tensor | None = None
+    seed: int = 0
+    depends_on_pass = True
+
+    def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
+        pool = _pool(self.states, state, call)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + call.number) % 2**63)
+        drawn = torch.randint(len(pool), (int(call.real.sum()),), generator=generator).to(pool.device)
+        result = state.clone()
+        result[call.real] = pool[drawn]
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Edit):
+    """Replace each token by the same token of a recording.
+
+    Attributes
+    ----------
+    states : torch.Tensor or sequence of torch.Tensor
+        ``record[site][k]``, or one tensor of it, (batch or 1, tokens, ...). Of a sequence with several tensors, the
+        i-th forward pass inside the intervention uses the i-th.
+    """
+
+    states: Tensor | Sequence[Tensor]
+
+    @property
+    def depends_on_pass(self) -> bool:  # type: ignore[override]
+        """Whether there are several states."""
+        return not isinstance(self.states, Tensor) and len(self.states) > 1
+
+    def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
+        states = [self.states] if isinstance(self.states, Tensor) else self.states
+        number = 0 if len(states) == 1 else call.number
+        if number >= len(states):
+            raise StreamlineError(
+                f"Patch at {call.name} has {len(states)} recorded states, but forward pass {number} runs. Expected one "
+                "state, or one for each forward pass. Pass steps='prefill' to patch the prompt only, or record as "
+                "many passes."
+            )
+        value = states[number]
+        value = value[None] if value.ndim == state.ndim - 1 and len(state) == 1 else value
+        if value.ndim != state.ndim or value.shape[1:] != state.shape[1:] or len(value) not in (1, len(state)):
+            raise StreamlineError(
+                f"Patch at {call.name} has a recorded state of shape {tuple(value.shape)}. Expected "
+                f"{tuple(state.shape)}, or a batch of 1. Record a prompt with as many tokens, without selecting tokens."
+            )
+        return value.to(state).expand_as(state)
+
+
+Key = Site | tuple[Site, int]
+
+
+class Intervention:
+    """Change the activations of a model at standard sites inside a ``with`` statement.
+
+    Sites are those of `HiddenStateRecorder`. At one site, hooks run in the order in which they were registered:
+
+    - Modules that a `LayerSurgeon` spliced in run first, whenever they were inserted.
+    - Interventions, recorders and hooks of the user follow in the order in which they were opened. A recorder that was
+      opened before an intervention records the tensor before the change, one that was opened inside it records the
+      changed tensor. A nested intervention changes the result of the outer one, and several edits of one site run in
+      their order. Interventions may be closed in any order.
+    - Indices of blocks refer to the model when the intervention is opened. A block that a surgeon then removes does not
+      run, so that its edit is not applied, which is an error.
+
+    On exit the hooks are removed; nothing else of the model is changed. Gradients flow through the edits.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, not compiled.
+    edits : mapping
+        Edit, or a sequence of edits, for each (site, block) or site of the model, for instance
+        ``{("attention.output", 3): Scale(0.5), "logits": Add(bias)}``. Negative blocks count from the end.
+    tokens : {"all", "real", "last"}, torch.Tensor or iterable of int
+        Tokens to change. "real" excludes padding, "last" is the last real token of each sequence, a boolean mask has
+        the shape (batch, tokens), and integers number the real tokens of each sequence, negative ones from its end.
+    steps : {"all", "prefill", "decode"} or iterable of int
+        Forward passes to change. The prefill is step 0: a pass without cached tokens. Each following pass with cached
+        tokens is a further step. A mask or integers as `tokens` require steps without cached tokens.
+    stack, probe : optional
+        See `HiddenStateRecorder`.
+
+    Raises
+    ------
+    StreamlineError
+        If an argument is invalid, the model is compiled, a value does not fit into its site, or, when it is closed, an
+        edit was not applied although the model ran.
+    UnsupportedSurgery
+        When it is opened: if a site cannot be read or changed. In the first call of a block: if the changed
+        contributions do not sum to its output.
+
+    Examples
+    --------
+    Halve what the attention of block 3 adds at the last token:
+
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5]])
+    >>> with torch.no_grad(), Intervention(model, {("attention.output", 3): Scale(0.5)}, tokens="last"):
+    ...     changed = model(ids).logits
+    >>> (changed != model(ids).logits).any(-1)
+    tensor([[False, False,  True]])
+    """
+
+    @validate_arguments()
+    def __init__(
+        self,
+        model: nn.Module,
+        edits: Mapping[Any, Any],
+        *,
+        tokens: str | Tensor | Iterable[int] = "all",
+        steps: str | Iterable[int] = "all",
+        stack: str | None = None,
+        probe: Batch | Tensor | None = None,
+    ) -> None:
+        self.model, self.stack = model, find_stack(model, stack)
+        self._edits = _checked_edits(edits, len(self.stack))
+        self._tokens = _checked_tokens(tokens)
+        self._steps = _checked_steps(steps)
+        self._probe = probe
+        self._handles: list[RemovableHandle] = []
+        self._passes = _Passes(self.stack)
+        self._applied: set[tuple[Site, int | None]] = set()
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise StreamlineError("This intervention is already open. Create a second Intervention to nest them.")
+        refuse_compiled(self.model, "change the activations of")
+        refuse_replicated(self.model, "change the activations of")
+        require_default_layout(
+            [self.stack[k] for _, k in self._edits if k is not None],
+            f"The activations of {type(self.model).__name__} cannot be changed",
+            "Record them, or use hooks of your own.",
+        )
+        accesses = resolve_sites(self.stack, self._edits, self._probe)
+        for access in accesses:
+            if access.refusal:
+                raise UnsupportedSurgery(
+                    f"{access} can be recorded but not changed: {access.refusal}. Expected a contribution that a "
+                    "submodule returns. Choose another site, such as block.output.",
+                    "branches",
+                )
+        self._passes, self._applied = _Passes(self.stack), set()
+        try:
+            self._handles += self._passes.hooks()
+            for access, edits in zip(accesses, self._edits.values(), strict=True):
+                for handle in access.hooks(partial(self._change, access, edits), ChangeHook):
+                    self._handles.append(handle)
+            contributions = {a.k: a.branches for a in accesses if a.k is not None and a.site.endswith(".output")}
+            for k, sites in contributions.items():
+                for handle in ContributionCheck(k, self.stack[k], sites).hooks() if sites is not None else ():
+                    self._handles.append(handle)
+        except BaseException:
+            self._remove_hooks()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ran = self._passes.number >= 0
+        self._remove_hooks()
+        missed = [_name(key) for key in self._edits if key not in self._applied]
+        if kind is None and ran and missed:
+            raise StreamlineError(
+                f"The edits of {', '.join(missed)} were not applied, although the model ran {self._passes.number + 1} "
+                "times. Expected each edit to be applied at least once. Check steps and tokens, and whether the blocks "
+                "run."
+            )
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _change(self, access: SiteAccess, edits: Sequence[Edit], state: Tensor) -> Tensor | None:
+        self._require_one_pending_pass(edits)
+        if not self._is_selected_step():
+            return None
+        if state.is_nested:
+            raise StreamlineError(
+                f"{access} is a nested tensor, which cannot be changed. Expected padded states. Run the model with "
+                "gradients enabled, or build nn.TransformerEncoder with enable_nested_tensor=False."
+            )
+        before = access.by_token(state)
+        real = self._passes.real_tokens(before, str(access), required=self._tokens != "all")
+        selected = self._select(before, real, access)
+        call = EditCall(str(access), real, self._passes.number, access.feature_axes)
+        after = before
+        for edit in edits:
+            changed = edit.change(after, call)
+            if changed.shape != before.shape:
+                raise StreamlineError(
+                    f"{type(edit).__name__} at {access} returned the shape {tuple(changed.shape)}. Expected "
+                    f"{tuple(before.shape)}. Correct its change()."
+                )
+            changed = changed.to(before)
+            if selected is not None:
+                changed = torch.where(selected.view(*selected.shape, *[1] * access.feature_axes), changed, after)
+            after = changed
+        self._applied.add((access.site, access.k))
+        return after.reshape(state.shape) if after.ndim != state.ndim else after
+
+    def _is_selected_step(self) -> bool:
+        if self._steps == "all":
+            return True
+        step = self._passes.step
+        if self._passes.cached is None:
+            raise StreamlineError(
+                "The decoding step is unknown: the cache of the model's call does not report its length. Expected a "
+                "cache with get_seq_length(). Omit steps, or open an intervention for each step."
+            )
+        if self._steps == "decode":
+            return step > 0
+        return step in self._steps
+
+    def _require_one_pending_pass(self, edits: Sequence[Edit]) -> None:
+        """Raise if gradient checkpointing runs a block again for a pass that is not the last."""
+        depends = self._steps != "all" or self._tokens != "all" or any(edit.depends_on_pass for edit in edits)
+        if in_backward():
+            self._passes.recomputed = True
+            if depends and self._passes.pending > 1:
+                raise StreamlineError(
+                    "Gradient checkpointing runs a block again after several forward passes, whose steps and tokens "
+                    "are no longer known. Expected one forward pass before each backward pass. Open an intervention "
+                    "for each forward pass, or disable gradient checkpointing."
+                )
+
+    def _select(self, state: Tensor, real: Tensor, access: SiteAccess) -> Tensor | None:
+        """Return the mask of the tokens to change, (batch, tokens), or None for all."""
+        tokens = self._tokens
+        if isinstance(tokens, str):
+            if tokens == "all":
+                return None
+            return real if tokens == "real" else _numbered(real, (-1,), str(access))
+        if self._passes.cached != 0:
+            raise StreamlineError(
+                f"tokens={tokens!r} number the tokens of a prompt, but a forward pass with cached tokens runs. "
+                "Expected passes without a cache. Pass steps='prefill', or tokens='last'."
+            )
+        if not isinstance(tokens, Tensor):
+            return _numbered(real, tokens, str(access))
+        if tokens.shape != state.shape[:2]:
+            raise StreamlineError(
+                f"tokens is a mask of shape {tuple(tokens.shape)}. Expected {tuple(state.shape[:2])}, the (batch, "
+                f"tokens) at {access}. Pass a mask with one entry per token."
+            )
+        return tokens.to(state.device)
+
+
+class _Passes:
+    """The forward passes of a model: their number, step, cached tokens, and mask of real tokens."""
+
+    def __init__(self, stack: BlockStack) -> None:
+        self.number, self.step = -1, 0
+        self.cached: int | None = 0
+        self.pending, self.recomputed = 0, False
+        self._stack, self._mask = stack, None
+        self._call = OutermostCall()
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Register hooks on the models around the stack."""
+        handles = self._call.hooks(self._stack.ancestors)
+        for module in self._stack.ancestors:
+            hook = ReadHook(module, partial(self._enter, module))
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise StreamlineError(
+                "The model was compiled inside an intervention, which compiled code does not run. Expected a model "
+                "that runs without torch.compile. Close the intervention, or do not compile the model."
+            )
+        if self._call.begins(module):
+            self._mask = None
+            self.number += 1
+            self.cached = _cached_tokens(module, args, kwargs)
+            self.step = 0 if self.cached == 0 else self.step + 1
+            if self.recomputed or self.pending == 0:
+                self.pending, self.recomputed = int(torch.is_grad_enabled()), False
+            else:
+                self.pending += 1
+        mask = padding_mask_of_call(module, args, kwargs, self._mask)
+        self._mask = padding_mask_with_cache(mask, kwargs)
+
+    def real_tokens(self, state: Tensor, name: str, required: bool) -> Tensor:
+        """Return the mask of the real tokens of a state, (batch, tokens)."""
+        mask: Any = self._mask
+        if mask is None:
+            return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            mask = mask[:, -state.shape[1] :]
+            if mask.shape == state.shape[:2]:
+                return mask.to(state.device).bool()
+        if required:
+            raise StreamlineError(
+                f"The tokens at {name} cannot be selected: the mask of the model's call does not have the shape "
+                f"{tuple(state.shape[:2])} (batch, tokens). Expected one entry per token. Pass tokens='all' or such a "
+                "mask."
+            )
+        return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+
+
+def _cached_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens in the cache that a call receives, or None if it is unknown."""
+    arguments = dict(inspect.signature(module.forward).bind_partial(*args).arguments) | dict(kwargs)
+    names = ("cache", "past_key_values", "cache_params")
+    cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except Exception:  # a cache of recurrent states may have no length
+        return None
+
+
+def _numbered(real: Tensor, numbers: Sequence[int], name: str) -> Tensor:
+    """Return the mask of the real tokens with these numbers in each sequence, (batch, tokens)."""
+    counts = real.sum(dim=1, keepdim=True)
+    places = real.cumsum(dim=1) - 1
+    selected = torch.zeros_like(real)
+    for number in numbers:
+        wanted = counts + number if number < 0 else torch.full_like(counts, number)
+        if bool(((wanted < 0) | (wanted >= counts)).any()):
+            raise StreamlineError(
+                f"Token {number} does not exist in every sequence at {name}: the shortest has {int(counts.min())} real "
+                "tokens. Expected numbers of real tokens. Pass a mask to change other tokens in each sequence."
+            )
+        selected |= real & (places == wanted)
+    return selected
+
+
+def _fitted(value: Tensor, state: Tensor, call: EditCall) -> Tensor:
+    """Return a value on the device and in the dtype of a state, if it fits without ambiguity."""
+    features = state.shape[-call.feature_axes :]
+    is_vector = value.ndim <= call.feature_axes
+    sizes = features[len(features) - value.ndim :] if is_vector else state.shape
+    if len(sizes) != value.ndim or any(n not in (1, size) for n, size in zip(value.shape, sizes, strict=True)):
+        raise StreamlineError(
+            f"A value of shape {tuple(value.shape)} does not fit {call.name}, whose tensor has the shape "
+            f"{tuple(state.shape)}. Expected {tuple(features)} for all tokens, or {tuple(state.shape)} with sizes of 1 "
+            "where it is repeated. Reshape the value."
+        )
+    return value.to(state)
+
+
+def _pool(states: Tensor | None, state: Tensor, call: EditCall) -> Tensor:
+    """Return the states from which an ablation takes its values, (states, ...)."""
+    features = state.shape[-call.feature_axes :]
+    if states is None:
+        pool = state[call.real]
+        if len(pool) < 2:
+            raise StreamlineError(
+                f"The ablation at {call.name} takes its values from the tokens of the forward pass, which has "
+                f"{len(pool)}. Expected at least two. Pass recorded states, or steps='prefill'."
+            )
+        return pool
+    if states.shape[-call.feature_axes :] != features:
+        raise StreamlineError(
+            f"The states of the ablation at {call.name} have the shape {tuple(states.shape)}. Expected "
+            f"(..., {', '.join(map(str, features))}). Record them at this site."
+        )
+    return states.reshape(-1, *features).to(state)
+
+
+def _name(key: tuple[Site, int | None]) -> str:
+    site, k = key
+    return site if k is None else f"{site} of block {k}"
+
+
+def _checked_edits(edits: Mapping[Any, Any], length: int) -> dict[tuple[Site, int | None], tuple[Edit, ...]]:
+    """Return the edits by site and block, or raise if one is invalid."""
+    result: dict[tuple[Site, int | None], tuple[Edit, ...]] = {}
+    for key, value in edits.items():
+        name, k = (key, None) if isinstance(key, str) else key if isinstance(key, tuple) and len(key) == 2 else ("", 0)
+        if not isinstance(name, str) or not name:
+            raise StreamlineError(
+                f"edits has the key {key!r}. Expected (site, block), or the name of a site of the model "
+                f"({', '.join(MODEL_SITES)}). Write ('block.output', 3)."
+            )
+        (site,) = checked_sites(name)
+        if (site in MODEL_SITES) != (k is None):
+            raise StreamlineError(
+                f"edits has the key {key!r}. Expected a block for a site of a block, and none for "
+                f"{', '.join(MODEL_SITES)}. Write ({site!r}, 3)."
+                if k is None
+                else f"edits has the key {key!r}, but a model has only one {site}. Expected no block. Write {site!r}."
+            )
+        if k is not None:
+            (k,) = block_indices([k], length, "edits")
+        chosen = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if not chosen or not all(isinstance(edit, Edit) for edit in chosen):
+            raise StreamlineError(
+                f"The edit of {_name((site, k))} is {value!r}. Expected an Edit or a sequence of them, such as "
+                "Scale(0.5) or Add(vector). Wrap a tensor in Replace."
+            )
+        if (site, k) in result:
+            raise StreamlineError(
+                f"edits names {_name((site, k))} twice. Expected each site once. Pass a sequence of edits for it."
+            )
+        result[site, k] = chosen
+    if not result:
+        raise StreamlineError("edits={} is empty. Expected at least one edit. Write {('block.output', 3): Zero()}.")
+    return result
+
+
+def _checked_tokens(tokens: Any) -> Tokens | Tensor | tuple[int, ...]:
+    if isinstance(tokens, str):
+        if tokens not in get_args(Tokens):
+            raise StreamlineError(
+                f"tokens={tokens!r} is unknown. Expected 'all', 'real', 'last', a boolean mask (batch, tokens) or "
+                "integers. Correct it."
+            )
+        return tokens  # type: ignore[return-value]
+    if isinstance(tokens, Tensor) and (tokens.dtype == torch.bool or tokens.ndim == 2):
+        return tokens.bool()
+    numbers = tuple(int(number) for number in tokens)
+    if not numbers:
+        raise StreamlineError("tokens=[] selects no token. Expected at least one. Omit tokens to change all.")
+    return numbers
+
+
+def _checked_steps(steps: Any) -> Literal["all", "decode"] | frozenset[int]:
+    if isinstance(steps, str):
+        if steps not in get_args(Steps):
+            raise StreamlineError(
+                f"steps={steps!r} is unknown. Expected 'all', 'prefill', 'decode' or integers. Correct it."
+            )
+        return frozenset({0}) if steps == "prefill" else steps  # type: ignore[return-value]
+    numbers = frozenset(int(step) for step in steps)
+    if not numbers or min(numbers) < 0:
+        raise StreamlineError(
+            f"steps={sorted(numbers)} is invalid. Expected at least one step, from 0 (the prefill). Omit steps to "
+            "change all."
+        )
+    return numbers

@@ -1,0 +1,563 @@
+"""Find the standard sites of a model, and read or change the tensors that pass them.
+
+A site is a tensor that every transformer computes, such as what an attention adds to the residual stream. It is found
+by running each block on a few tokens, not by the names of modules, see `streamline_hooks.modeling.find_branch_sites`.
+
+Hooks at the same site run in the order in which they were registered: a recorder that was opened before an intervention
+records the tensor before the change. `RemainderHook` and `NoteHook` make the two exceptions that keep this order true
+where a contribution is not the output of a submodule.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, weights_in_memory
+from streamline_hooks.modeling import (
+    BlockCall,
+    BlockSites,
+    BlockStack,
+    Branch,
+    BranchSites,
+    Change,
+    ChangeHook,
+    ReadHook,
+    branches_in,
+    by_token,
+    find_branch_sites,
+    get_logits,
+    in_backward,
+    observe_calls,
+    probing,
+    read_input,
+    read_output,
+    write_input,
+    write_output,
+)
+
+BlockSite = Literal[
+    "block.input",
+    "block.output",
+    "attention.input",
+    "attention.output",
+    "attention.heads",
+    "mlp.input",
+    "mlp.output",
+]
+"""Sites of every block."""
+ModelSite = Literal["embeddings", "final_norm", "logits"]
+"""Sites of which a model has one."""
+Site = BlockSite | ModelSite
+BLOCK_SITES: tuple[BlockSite, ...] = get_args(BlockSite)
+MODEL_SITES: tuple[ModelSite, ...] = get_args(ModelSite)
+_TOLERANCE = 1e-5
+_NORM_SCALE = 16.0  # a norm returns almost the same for this multiple of its input
+
+
+class NoteHook(ReadHook):
+    """Hook that reads a tensor after every change by interventions; it stays last when they register their hooks.
+
+    It also runs when gradient checkpointing runs a block again.
+    """
+
+    def __call__(self, module: nn.Module, *values: Any) -> None:
+        """Call `read`, unless the module is a copy."""
+        if module is self._watched and self._read is not None:
+            self._read(*values)
+
+
+class RemainderHook(ReadHook):
+    """Hook on the output of a block's forward, before splices and all other hooks of the block.
+
+    It returns the changed output, or None.
+    """
+
+    def __call__(self, module: nn.Module, *values: Any) -> Any:
+        """Return the result of `read`, or None if the module is a copy."""
+        return self._read(*values) if module is self._watched and self._read is not None else None
+
+
+@dataclass(frozen=True, eq=False)
+class SiteAccess:
+    """A site of a model, with what is needed to read and change its tensor.
+
+    Attributes
+    ----------
+    stack : BlockStack
+    site : str
+    k : int or None
+        Index of the block; None for a site of the model.
+    module : torch.nn.Module or None
+        The submodule that returns the tensor of a site of the model.
+    branches : BlockSites or None
+        The branches of the block, for the sites inside a block.
+    """
+
+    stack: BlockStack
+    site: Site
+    k: int | None = None
+    module: nn.Module | None = None
+    branches: BlockSites | None = None
+
+    def __str__(self) -> str:
+        return self.site if self.k is None else f"{self.site} of block {self.k}"
+
+    @property
+    def feature_axes(self) -> int:
+        """Number of axes after (batch, tokens)."""
+        return 2 if self.site == "attention.heads" else 1
+
+    @property
+    def refusal(self) -> str:
+        """The reason why the tensor can be read but not changed, or an empty string."""
+        if self.branches is None or not self.site.endswith(".output"):
+            return ""
+        branch = self._branch
+        if branch.output is None and self.branches.first == branch.branch:
+            return f"{branch.reasons['output']}, and the other branch reads the sum"
+        return ""
+
+    def by_token(self, state: Tensor) -> Tensor:
+        """Return a tensor of the site as (batch, tokens, ...)."""
+        if self.k is not None and self.branches is None:
+            return by_token(state, self.stack[self.k])
+        return state[None] if state.ndim == 1 + self.feature_axes else state
+
+    def hooks(self, visit: Change, kind: type[ReadHook] = ReadHook) -> Iterator[RemovableHandle]:
+        """Register and yield the hooks that pass the tensor to `visit`, and write what it returns unless it is None.
+
+        `kind` is the class of the hooks; only `ChangeHook` and its subclasses change the tensor.
+        """
+        if self.k is None:
+            assert self.module is not None
+            write = self._change_logits if self.site == "logits" else _change_output
+            yield from _register(self.module, "output", kind, partial(write, visit))
+        elif self.site == "block.input":
+            block = self.stack[self.k]
+            yield from _register(block, "input", kind, partial(_change_input, visit, block))
+        elif self.site == "block.output":
+            yield from _register(self.stack[self.k], "output", kind, partial(_change_output, visit))
+        elif self.site == "attention.heads":
+            yield from self._input_hooks((str(self._branch.projection),), self._split_heads(visit), kind)
+        elif self.site.endswith(".input"):
+            yield from self._input_hooks(self._branch.readers, visit, kind)
+        elif self._branch.output is not None:
+            yield from self._output_hooks(self._branch, visit, kind)
+        else:
+            yield from self._remainder_hooks(visit, kind)
+
+    @property
+    def _branch(self) -> BranchSites:
+        assert self.branches is not None
+        branch: Branch = "mlp" if self.site.startswith("mlp") else "attention"
+        return self.branches.branches[branch]
+
+    @property
+    def _block(self) -> nn.Module:
+        assert self.k is not None
+        return self.stack[self.k]
+
+    def _split_heads(self, visit: Change) -> Change:
+        heads = self._branch.heads
+        assert heads is not None
+
+        def split(state: Tensor) -> Tensor | None:
+            changed = visit(state.unflatten(-1, heads))
+            return None if changed is None else changed.flatten(-2)
+
+        return split
+
+    def _input_hooks(self, paths: tuple[str, ...], visit: Change, kind: type[ReadHook]) -> Iterator[RemovableHandle]:
+        """Visit the input of the first submodule, and pass the result to all of them."""
+        visit, shape_hooks = self._with_token_axes(visit)
+        yield from shape_hooks
+        latest: list[Tensor | None] = [None]
+
+        def first(state: Tensor) -> Tensor | None:
+            latest[0] = visit(state)
+            return latest[0]
+
+        for number, path in enumerate(paths):
+            change: Change = first if number == 0 else lambda _: latest[0]
+            module = self._block.get_submodule(path)
+            yield from _register(module, "input", kind, partial(_change_input, change, None))
+
+    def _output_hooks(self, branch: BranchSites, visit: Change, kind: type[ReadHook]) -> Iterator[RemovableHandle]:
+        visit, shape_hooks = self._with_token_axes(visit)
+        yield from shape_hooks
+        multiplier = branch.multiplier
+
+        def scaled(state: Tensor) -> Tensor | None:
+            contribution = state * multiplier
+            changed = visit(contribution)
+            if changed is None:
+                return None
+            unchanged = state + (changed - contribution) / multiplier  # bitwise, and with the gradient of the change
+            return torch.where(changed == contribution, unchanged, changed / multiplier)
+
+        module = self._block.get_submodule(str(branch.output))
+        change = visit if multiplier == 1 else scaled
+        yield from _register(module, "output", kind, partial(_change_output, change))
+
+    def _with_token_axes(self, visit: Change) -> tuple[Change, Iterator[RemovableHandle]]:
+        """Give the tensors of a submodule that flattens the tokens the shape (batch, tokens, ...)."""
+        axes: list[torch.Size] = [torch.Size()]
+
+        def enter(args: Any, kwargs: Any) -> None:
+            axes[0] = read_input(args, kwargs, self._block).shape[:-1]
+
+        def shaped(state: Tensor) -> Tensor | None:
+            if state.ndim > len(axes[0]):
+                return visit(state)
+            changed = visit(state.unflatten(0, tuple(axes[0])))
+            return None if changed is None else changed.flatten(0, 1)
+
+        return shaped, _register(self._block, "input", NoteHook, enter)
+
+    def _remainder_hooks(self, visit: Change, kind: type[ReadHook]) -> Iterator[RemovableHandle]:
+        """Visit what a block adds to its input without the contribution of the other branch."""
+        assert self.branches is not None
+        (other,) = (branch for branch in self.branches.branches.values() if branch is not self._branch)
+        notes = ContributionNotes(self._block)
+        yield from notes.hooks([other])
+
+        def leave(args: Any, output: Any) -> Any:
+            before, passed = notes.take()
+            if in_backward() and not issubclass(kind, ChangeHook):
+                return None
+            state = read_output(output)
+            contribution = state - before - passed[other.branch].view_as(state)
+            changed = visit(contribution)
+            if changed is None:
+                return None
+            return write_output(output, state + (changed - contribution))
+
+        yield _register_remainder(self._block, leave)
+
+    def _change_logits(self, visit: Change, args: Any, output: Any) -> Any:
+        logits = get_logits(output)
+        changed = visit(logits)
+        if changed is None:
+            return None
+        if isinstance(output, Tensor):
+            return changed
+        if getattr(output, "loss", None) is not None:
+            raise StreamlineError(
+                "The model computed its loss from the logits before they are changed. Expected a call without labels. "
+                "Omit labels and compute the loss from the changed logits."
+            )
+        output = copy.copy(output)
+        if isinstance(output, Mapping):
+            output["logits"] = changed  # type: ignore[index]
+            return output
+        return replace(output, logits=changed)
+
+
+class ContributionNotes:
+    """The input of a block and the contributions of its branches in the current call, after all interventions."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._before: Tensor | None = None
+        self._passed: dict[Branch, Tensor] = {}
+
+    def hooks(self, branches: Iterable[BranchSites]) -> Iterator[RemovableHandle]:
+        """Register and yield the hooks that note the contributions of these branches."""
+
+        def enter(args: Any, kwargs: Any) -> None:
+            self._passed.clear()
+            self._before = read_input(args, kwargs, self._block).clone()  # some blocks change it in place
+
+        def leave(branch: BranchSites, args: Any, output: Any) -> None:
+            self._passed[branch.branch] = read_output(output).clone() * branch.multiplier
+
+        yield from _register(self._block, "input", NoteHook, enter)
+        for branch in branches:
+            module = self._block.get_submodule(str(branch.output))
+            yield from _register(module, "output", NoteHook, partial(leave, branch))
+
+    def take(self) -> tuple[Tensor, dict[Branch, Tensor]]:
+        """Return and forget the block's input and the contributions."""
+        before, passed = self._before, dict(self._passed)
+        self._before = None
+        self._passed.clear()
+        if before is None or not passed:
+            raise UnsupportedSurgery(
+                f"{type(self._block).__name__} ran differently than when its branches were found: a submodule that "
+                "returned a contribution was not called. Expected the same computation in every forward pass. Record "
+                "block.output instead."
+            )
+        return before, passed
+
+
+class ContributionCheck:
+    """Verify in the first call of a block that its input and the two contributions sum to its output.
+
+    The hooks are removed after a call that was verified.
+    """
+
+    def __init__(self, k: int, block: nn.Module, sites: BlockSites) -> None:
+        self._k, self._block, self._sites = k, block, sites
+        self._notes = ContributionNotes(block)
+        self._handles: list[RemovableHandle] = []
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Register and yield the hooks; none if a contribution is itself a difference."""
+        branches = list(self._sites.branches.values())
+        if any(branch.output is None for branch in branches):
+            return
+        for handle in (*self._notes.hooks(branches), _register_remainder(self._block, self._leave)):
+            self._handles.append(handle)
+            yield handle
+
+    def _leave(self, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        before, passed = self._notes.take()
+        state = read_output(output)
+        with torch.no_grad():
+            terms = [before, *(passed[branch].view_as(state) for branch in self._sites.branches)]
+            wide = [term.double() if term.device.type != "mps" else term.float() for term in terms]
+            error = float((wide[0] + wide[1] + wide[2] - state).abs().max())
+            size = max(float(term.abs().max()) for term in (*terms, state))
+        if not error <= max(_TOLERANCE, 4 * torch.finfo(state.dtype).eps) * size:
+            raise UnsupportedSurgery(
+                f"The contributions of block {self._k} do not sum to its output: they differ by {error:.2g}, where the "
+                f"largest element is {size:.2g}. Expected a relative error of at most {_TOLERANCE:g}. Probable causes "
+                "are dropout between a submodule and the sum in training mode, and a hook that was registered later "
+                "and changes a contribution. Run the model in evaluation mode, register hooks first, or record "
+                "block.output."
+            )
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def resolve_sites(
+    stack: BlockStack, sites: Iterable[tuple[Site, int | None]], probe: Batch | Tensor | None = None
+) -> list[SiteAccess]:
+    """Find sites of a model, or raise `UnsupportedSurgery` with the reason why one cannot be read.
+
+    Parameters
+    ----------
+    stack : BlockStack
+    sites : iterable of tuple
+        Site and index of the block, which is None for a site of the model.
+    probe : mapping or torch.Tensor, optional
+        A batch without padding on which the sites are found, if the library cannot create one for the model.
+
+    Returns
+    -------
+    list of SiteAccess
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If a site does not exist or its tensor cannot be read.
+    StreamlineError
+        If the model has to be run but no inputs are known for it.
+
+    Examples
+    --------
+    >>> from streamline_hooks.modeling import find_stack
+    >>> from streamline_hooks.testing import tiny_model
+    >>> (access,) = resolve_sites(find_stack(tiny_model("llama", blocks=2)), [("attention.heads", 1)])
+    >>> print(access, access.feature_axes)
+    attention.heads of block 1 2
+    """
+    sites = list(sites)
+    inner = sorted({k for site, k in sites if k is not None and not site.startswith("block.")})
+    branches = branch_sites_of(stack, inner, probe)
+    accesses: list[SiteAccess] = []
+    for site, k in sites:
+        if k is None:
+            accesses.append(SiteAccess(stack, site, module=_module_of(stack, site, probe)))
+        elif site.startswith("block."):
+            accesses.append(SiteAccess(stack, site, k))
+        else:
+            block_sites = branches[k]
+            branch, _, part = site.partition(".")
+            reason: str | None = None
+            if isinstance(block_sites, UnsupportedSurgery):
+                reason = str(block_sites)
+            elif part != "output":
+                reason = block_sites.branches["mlp" if branch == "mlp" else "attention"].reasons.get(part)
+            if isinstance(block_sites, UnsupportedSurgery) or reason is not None:
+                raise UnsupportedSurgery(
+                    f"{site} of block {k} cannot be read: {str(reason).rstrip('.')}. Expected a block whose attention "
+                    "and MLP are separate submodules. Choose another site or block, or record block.output.",
+                    "branches",
+                )
+            accesses.append(SiteAccess(stack, site, k, branches=block_sites))
+    return accesses
+
+
+def checked_sites(sites: Iterable[str]) -> tuple[Site, ...]:
+    """Return the names of sites without repetitions, or raise if one is unknown or there are none."""
+    names = tuple(dict.fromkeys([sites] if isinstance(sites, str) else sites))
+    known = (*BLOCK_SITES, *MODEL_SITES)
+    for name in names:
+        if name not in known:
+            raise StreamlineError(f"site={name!r} is unknown. Expected one of {', '.join(known)}. Correct the name.")
+    if not names:
+        raise StreamlineError(
+            f"sites=[] is empty. Expected at least one of {', '.join(known)}. Omit sites to record the states that "
+            "enter and leave the blocks."
+        )
+    return names  # type: ignore[return-value]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, BlockSites | UnsupportedSurgery]] = WeakKeyDictionary()
+
+
+def branch_sites_of(
+    stack: BlockStack, blocks: Iterable[int], probe: Batch | Tensor | None = None
+) -> dict[int, BlockSites | UnsupportedSurgery]:
+    """Find the sites of the branches of blocks, or the error with the reason why there are none.
+
+    The results are stored, and used again while the modules and the names of the parameters of a block are the same.
+    """
+    blocks = list(blocks)
+    structures = {k: _structure(stack[k]) for k in blocks}
+    unknown = [k for k in blocks if _KNOWN.get(stack[k], (None, None))[0] != structures[k]]
+    if unknown:
+        with probing(stack, unknown, probe) as run:
+            calls = observe_calls({k: stack[k] for k in unknown}, run)
+            for k, call in calls.items():
+                with weights_in_memory(stack[k]):
+                    _KNOWN[stack[k]] = structures[k], _sites_in(call)
+    return {k: _KNOWN[stack[k]][1] for k in blocks}
+
+
+def _sites_in(call: BlockCall | UnsupportedSurgery) -> BlockSites | UnsupportedSurgery:
+    branches = branches_in(call)
+    if isinstance(call, UnsupportedSurgery) or isinstance(branches, UnsupportedSurgery):
+        return branches if isinstance(branches, UnsupportedSurgery) else UnsupportedSurgery(str(call))
+    try:
+        return find_branch_sites(call, branches)
+    except UnsupportedSurgery as error:
+        return error
+
+
+def _structure(block: nn.Module) -> Any:
+    modules = tuple((name, type(module), vars(module).get("forward")) for name, module in block.named_modules())
+    return modules, tuple((name, p.dtype, p.ndim) for name, p in block.named_parameters())
+
+
+def _module_of(stack: BlockStack, site: Site, probe: Batch | Tensor | None) -> nn.Module:
+    """Return the module that returns the tensor of a site of the model."""
+    model: Any = stack.model
+    if site == "embeddings":
+        getter = getattr(model, "get_input_embeddings", None)
+        module = getter() if callable(getter) else None
+        if not isinstance(module, nn.Module):
+            raise UnsupportedSurgery(
+                f"embeddings of {type(model).__name__} cannot be read: it has no get_input_embeddings(). Expected a "
+                "Transformers model. Use block.input of block 0, the state that enters the stack."
+            )
+        return module
+    with probing(stack, [len(stack) - 1], probe) as run, torch.no_grad():
+        return _logits_module(stack, run) if site == "logits" else _final_norm(stack, run)
+
+
+def _logits_module(stack: BlockStack, run: Callable[[], Any]) -> nn.Module:
+    """Return the innermost model around the stack that returns logits."""
+    returned: list[nn.Module] = []
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        is_root_tensor = module is stack.model and isinstance(output, Tensor)
+        if is_root_tensor or isinstance(getattr(output, "logits", None), Tensor):
+            returned.append(module)
+
+    with ExitStack() as hooks:
+        for module in stack.ancestors:
+            hooks.enter_context(module.register_forward_hook(leave))
+        run()
+    if not returned:
+        raise UnsupportedSurgery(
+            f"logits of {type(stack.model).__name__} cannot be read: its output has no logits. Expected a model with "
+            "its head. Load it with the class of its task, such as AutoModelForCausalLM."
+        )
+    return returned[0]
+
+
+def _final_norm(stack: BlockStack, run: Callable[[], Any]) -> nn.Module:
+    """Return the module that receives the output of the last block and normalises it."""
+    last: list[Tensor] = []
+    candidates: list[tuple[nn.Module, Tensor]] = []
+    inside = {id(module) for block in stack.blocks for module in block.modules()} | {id(m) for m in stack.ancestors}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        last[:] = [read_output(output).clone()]
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        try:
+            state = read_input(args, kwargs)
+        except StreamlineError:
+            return
+        if last and state.shape == last[0].shape and torch.equal(state, last[0]):
+            candidates.append((module, state.clone()))
+
+    with ExitStack() as hooks:
+        hooks.enter_context(stack[len(stack) - 1].register_forward_hook(leave))
+        for module in stack.model.modules():
+            if id(module) not in inside:
+                hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+        run()
+    for module, state in candidates:
+        if all(parameter.ndim < 2 for parameter in module.parameters()) and _normalises(module, state):
+            return module
+    raise UnsupportedSurgery(
+        f"final_norm of {type(stack.model).__name__} cannot be read: no module normalises the output of its last block "
+        f"({stack.path}). Expected a model with a norm after its blocks. Use block.output of the last block."
+    )
+
+
+def _normalises(module: nn.Module, state: Tensor) -> bool:
+    """Whether a module returns almost the same for a multiple of its input, and something else than its input."""
+    state = state / state.float().square().mean().sqrt().clamp_min(1e-12).to(state)
+    output, scaled = read_output(module(state)), read_output(module(state * _NORM_SCALE))
+    if output.shape != state.shape or torch.equal(output, state):
+        return False
+    return bool((output - scaled).abs().max() <= 0.05 * output.abs().max())
+
+
+def _change_input(change: Change, block: nn.Module | None, args: Any, kwargs: Any) -> Any:
+    state = change(read_input(args, kwargs, block))
+    return None if state is None else write_input(args, kwargs, state, block)
+
+
+def _change_output(change: Change, args: Any, output: Any) -> Any:
+    state = change(read_output(output))
+    return None if state is None else write_output(output, state)
+
+
+def _register(
+    module: nn.Module, side: Literal["input", "output"], kind: type[ReadHook], read: Callable[..., Any]
+) -> Iterator[RemovableHandle]:
+    hook = kind(module, read)
+    if side == "input":
+        yield module.register_forward_pre_hook(hook, with_kwargs=True)
+    else:
+        yield module.register_forward_hook(hook)
+    hooks: Any = module._forward_pre_hooks if side == "input" else module._forward_hooks
+    for key in [key for key, other in hooks.items() if isinstance(other, NoteHook)]:
+        hooks.move_to_end(key)
+
+
+def _register_remainder(block: nn.Module, read: Callable[..., Any]) -> RemovableHandle:
+    """Register a hook before all others of the block's output, except those registered so before."""
+    handle = block.register_forward_hook(RemainderHook(block, read), prepend=True)
+    hooks: Any = block._forward_hooks
+    for key in sorted((key for key, hook in hooks.items() if isinstance(hook, RemainderHook)), reverse=True):
+        hooks.move_to_end(key, last=False)
+    return handle
