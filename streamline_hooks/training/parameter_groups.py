@@ -24,7 +24,7 @@ NAMES = "streamline_hooks_names"
 
 
 def drop_parameters(optimizer: Optimizer, removed: Collection[nn.Parameter]) -> None:
-    """Remove parameters and their state from an optimiser and from the optimisers that it wraps.
+    """Remove parameters and their state from an optimizer and from the optimizers that it wraps.
 
     Empty parameter groups are kept, because learning-rate schedules count the groups. Parameter names stay aligned.
     """
@@ -41,7 +41,7 @@ def drop_parameters(optimizer: Optimizer, removed: Collection[nn.Parameter]) -> 
 def rename_parameters(
     optimizer: Optimizer, before: Mapping[nn.Parameter, str], now: Mapping[nn.Parameter, str]
 ) -> None:
-    """Update the parameter names stored in an optimiser, if any; prefixes of wrappers are kept."""
+    """Update the parameter names stored in an optimizer, if any; prefixes of wrappers are kept."""
     for inner in _wrapped_optimizers(optimizer):
         for group in inner.param_groups:
             names: list[str] = group.get("param_names", [])
@@ -201,7 +201,7 @@ def _groups(optimizer: Optimizer) -> Sequence[dict[str, Any]]:
 
 
 def _wrapped_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield an optimiser, and the optimisers that it wraps."""
+    """Yield an optimizer, and the optimizers that it wraps."""
     inner: object = optimizer
     while isinstance(inner, Optimizer):
         yield inner

@@ -32,8 +32,8 @@ from streamline_hooks.repair import (
     ScaleConfig,
     WindowReplacement,
     fit_windows,
+    insert_replacement,
     is_spliced,
-    place,
 )
 from streamline_hooks.replacements import replacement_config
 from streamline_hooks.surgery import LayerSurgeon, SurgeryPlan, checked_window, saved_model_depth
@@ -411,7 +411,7 @@ class ProgressiveRemoval:
         require_in_optimizer(self.optimizer, originals)
         removed = [parameter for block in originals.values() for parameter in block_parameters(block).values()]
         excluded = norms_and_biases(self.model)
-        place(surgeon, window, module)
+        insert_replacement(surgeon, window, module)
         blocks = (
             () if is_spliced(stack, module) else tuple(module) if isinstance(module, InheritedBlocks) else (module,)
         )

@@ -95,7 +95,7 @@ class MonitorCallback(TrainerCallback):
 class ProgressiveRemovalCallback(TrainerCallback):
     """Run a `ProgressiveRemoval` inside a ``transformers.Trainer``, on one device.
 
-    Steps are counted by the Trainer (``state.global_step``). With `replacement`, the Trainer's optimiser also trains
+    Steps are counted by the Trainer (``state.global_step``). With `replacement`, the Trainer's optimizer also trains
     the replacements. A checkpoint written at or after a removal contains the shorter model. To resume from it, create
     the Trainer with the model of the checkpoint, and give the callback the same arguments::
 

@@ -69,7 +69,7 @@ def test_a_zeroed_contribution_is_a_zeroed_branch(kind: str) -> None:
     model = model_of(kind)
     for branch in ("attention", "mlp"):
         with LayerSurgeon(model, probe=False) as surgeon:
-            surgeon.silence(1, branch)  # type: ignore[arg-type]
+            surgeon.zero_branch(1, branch)  # type: ignore[arg-type]
             expected = logits(model)
         with Intervention(model, {(f"{branch}.output", 1): Zero()}):
             torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)

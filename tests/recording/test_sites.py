@@ -55,7 +55,7 @@ def test_a_contribution_is_what_a_zeroed_branch_lacks(family: str) -> None:
         record(input_ids=tokens(2, 9))
         whole = record["block.output"][2][0]
         with LayerSurgeon(model) as surgeon:
-            surgeon.silence(2, "mlp")
+            surgeon.zero_branch(2, "mlp")
             record(input_ids=tokens(2, 9))
     torch.testing.assert_close(whole - record["block.output"][2][1], record["mlp.output"][2][0], atol=1e-4, rtol=1e-4)
     assert not record["mlp.output"][2][1].any()
