@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test golden golden-check golden-slow coverage oldest engines lint docs architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test golden golden-check golden-slow coverage oldest engines lint docs notebooks architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -103,6 +103,12 @@ lint: $(VENV)/.stamp-test ## Check style, format, types, package structure and l
 # Warnings are errors; the pages open without a network: build/docs/index.html.
 docs: $(VENV)/.stamp-docs ## Build the documentation into build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -j auto -b html docs build/docs
+
+# Names of notebooks, such as 2_what_blocks_do; nothing for all.
+NOTEBOOKS ?=
+
+notebooks: $(VENV)/.stamp-test ## Run the notebooks and store their outputs, which the documentation shows (NOTEBOOKS="NAME ...")
+	$(BIN)/python -m tests.notebooks.execute $(NOTEBOOKS)
 
 # Handed to tests.mutation.measure: MUTATION_ARGS="--again" tests the survivors once more after tests were added.
 MUTATION_ARGS ?=
