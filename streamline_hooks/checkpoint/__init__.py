@@ -25,7 +25,7 @@ from streamline_hooks.checkpoint.pretrained import (
 from streamline_hooks.checkpoint.push import push
 from streamline_hooks.checkpoint.safety import CHECKSUMS, CONFIG, update_checksums
 from streamline_hooks.checkpoint.save import REPORT, check_output_folder, save
-from streamline_hooks.checkpoint.streaming import BlockwisePass, check_packing_blockwise
+from streamline_hooks.checkpoint.streaming import BlockwisePass, StateStorage, check_packing_blockwise
 
 __all__ = [
     "CHECKSUMS",
@@ -36,6 +36,7 @@ __all__ = [
     "BlockwisePass",
     "BlockwiseSource",
     "LoadingConfig",
+    "StateStorage",
     "available_devices",
     "check_export",
     "check_no_splices",

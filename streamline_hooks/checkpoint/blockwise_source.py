@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from streamline_hooks.checkpoint.offloaded import (
     row_slices,
     state_bytes,
 )
-from streamline_hooks.checkpoint.streaming import BlockRange, BlockwisePass
+from streamline_hooks.checkpoint.streaming import BlockRange, BlockwisePass, StateStorage
 from streamline_hooks.core import (
     Batches,
     DistributedStep,
@@ -308,7 +309,16 @@ class BlockwiseSource(StateSource):
             shutil.rmtree(states)
         return result
 
-    def _opened(self, desc: str, batches: Batches, *, share: int = 1, **options: Any) -> BlockwisePass:
+    def _opened(
+        self,
+        desc: str,
+        batches: Batches,
+        *,
+        share: int = 1,
+        run: Mapping[str, Any] = MappingProxyType({}),
+        stop: int | None = None,
+        others: Sequence[BlockRange] = (),
+    ) -> BlockwisePass:
         """Return a pass with its own sub-folder, which checks the blocks that no pass has checked yet."""
         folder = None
         self._begin()
@@ -320,10 +330,11 @@ class BlockwiseSource(StateSource):
             zeroed = [
                 path for path, module in self.model.named_modules() if zero_output in module._forward_hooks.values()
             ]
-            options["run"] = {**options.get("run", {}), "zeroed": zeroed}
-        check = options.get("stop", len(self.stack)) > self._checked
-        options |= {"memory": self._memory // share, "folder": folder, "check": check, "desc": desc}
-        return BlockwisePass(self.model, batches, stack=self.stack.path, **options)
+            run = {**run, "zeroed": zeroed}
+        stop = len(self.stack) if stop is None else stop
+        storage = StateStorage(self._memory // share, folder, run)
+        options: dict[str, Any] = {"check": stop > self._checked, "stack": self.stack.path, "desc": desc}
+        return BlockwisePass(self.model, batches, stop=stop, storage=storage, others=others, **options)
 
     def _begin(self) -> None:
         """Open the journal, if `identify` was not called."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -61,6 +62,32 @@ class BlockRange(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True)
+class StateStorage:
+    """Where a `BlockwisePass` keeps its hidden states.
+
+    Attributes
+    ----------
+    memory : int
+        Bytes of hidden states in memory. Further states are in temporary files. 2 GiB by default.
+    folder : str or Path, optional
+        Folder for all hidden states of this pass, and of no other. An interrupted pass continues from it when it is
+        started again with the same arguments. By default there is no such folder.
+    run : mapping
+        JSON values that must be equal for an interrupted pass to continue.
+
+    Examples
+    --------
+    >>> from streamline_hooks.checkpoint import StateStorage
+    >>> StateStorage(memory=10**6).folder is None
+    True
+    """
+
+    memory: int = 2**31
+    folder: str | Path | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+
 class BlockwisePass:
     """Run all batches through one block after the other, and read the weights of each block once.
 
@@ -76,17 +103,10 @@ class BlockwisePass:
         Inputs of the model's forward.
     stop : int, optional
         The first block that is not run. By default all blocks are run.
-    memory : int
-        Bytes of hidden states in memory. Further states are in temporary files.
-    folder : str or Path, optional
-        Folder for all hidden states of this pass, and of no other. An interrupted pass continues from it when it is
-        started again with the same arguments.
+    storage : StateStorage, optional
+        Where the hidden states are kept. By default 2 GiB of memory and temporary files.
     check : bool
         Whether to compare each block with a forward of the whole model on 32 tokens, which reads the weights once more.
-    run : mapping, optional
-        JSON values that must be equal for an interrupted pass to continue.
-    ends : sequence of int, optional
-        For each batch, the first block that it does not run through. By default `stop`.
     others : sequence of BlockRange
         Further hidden states, which `put` adds when the pass has reached their start. They are numbered after the
         batches.
@@ -128,11 +148,8 @@ class BlockwisePass:
         batches: Sequence[Batch | Tensor],
         *,
         stop: int | None = None,
-        memory: int = 2**31,
-        folder: str | Path | None = None,
+        storage: StateStorage | None = None,
         check: bool = True,
-        run: Mapping[str, Any] | None = None,
-        ends: Sequence[int] | None = None,
         others: Sequence[BlockRange] = (),
         stack: str | None = None,
         desc: str = "block by block",
@@ -142,18 +159,18 @@ class BlockwisePass:
         self.stop = len(self.stack) if stop is None else stop
         if self.stop > len(self.stack):
             raise StreamlineError(f"stop={stop} is out of range. Expected at most {len(self.stack)}. Change it.")
-        stops = [self.stop] * len(self.batches) if ends is None else ends
-        self._ranges = [*(BlockRange(number, 0, end) for number, end in enumerate(stops)), *others]
+        storage = storage or StateStorage()
+        self._ranges = [*(BlockRange(number, 0, self.stop) for number in range(len(self.batches))), *others]
         require_streamable(self.stack, self.stop)
         self._splices = [spliced(block, BEFORE) for block in self.stack.blocks]
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if storage.folder is None else Path(storage.folder)
         self._check, self._desc = check, desc
-        self._store = StateStore(memory, self.folder)
+        self._store = StateStore(storage.memory, self.folder)
         self._journal: PassJournal | None = None
         if self.folder is not None:
             identity = {**offloaded_identity(self.stack), "batches": batches_digest(self.batches), "stop": self.stop}
-            ways = {} if ends is None and not others else {"ways": [[*block_range] for block_range in self._ranges]}
-            self._journal = PassJournal(self.folder, {**identity, **ways, **(run or {})})
+            ways = {"ways": [[*block_range] for block_range in self._ranges]} if others else {}
+            self._journal = PassJournal(self.folder, {**identity, **ways, **storage.run})
         self.masks: list[Tensor] = []
 
     def __enter__(self) -> Self:

@@ -40,8 +40,11 @@ from streamline_hooks.pipeline import (
     PRESETS,
     CompressionConfig,
     CompressionJob,
+    JobData,
+    JobLimits,
     RunOptions,
 )
+from streamline_hooks.statistics import Profile
 
 SHOWN = (
     "--output", "--remove", "--repair", "--loss", "--preset", "--calibration", "--protect", "--device", "--config",
@@ -121,20 +124,17 @@ def compress(
     examples = set_examples(calibration_examples, validation_examples, test_examples)
     with process_group() as is_first, distributed_step("the command compress") as work:
         show = Printer(as_json, is_first)
+        measured = None if profile is None else Profile.load(profile)
+        data = JobData(parse_sources(calibration or ["pydoc"], temperature), test or (), pack, examples)
         job = CompressionJob(
             model,
             settings,
             output,
-            parse_sources(calibration or ["pydoc"], temperature),
+            data,
             read_loading(option_values),
-            RunOptions(overwrite=overwrite, resume=resume),
-            profile,
-            test=test or (),
-            pack=pack,
-            examples=examples,
-            memory=parse_bytes(memory) if memory else None,
-            budget=parse_duration(budget) if budget else None,
-            flags=set_flags(option_values, examples),
+            RunOptions(overwrite=overwrite, resume=resume, profile=measured),
+            JobLimits(parse_bytes(memory) if memory else None, parse_duration(budget) if budget else None),
+            set_flags(option_values, examples, settings, config),
         )
         job.check(dry_run=dry_run)
         job.prepare(work)
@@ -162,6 +162,6 @@ def _options_to_resume(job: CompressionJob, preset: str) -> str:
         for option in written_options(job.config, base)
         if option.partition("=")[0] not in ("--train-until", "--task", *job.flags.values()) or "protect" in option
     ]
-    replaced = "--budget and --protect" if "search.protect" in job.flags else "--budget"
+    replaced = "--budget and --protect" if job.flags.get("search.protect") == "--protect" else "--budget"
     recipe = [f"--preset {preset}"] if preset else []
     return f"resume     after an interruption, replace {replaced} by: {' '.join([*recipe, *planned])} --resume"

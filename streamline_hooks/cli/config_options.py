@@ -29,7 +29,7 @@ from streamline_hooks.cli.parsing import (
     read_search,
 )
 from streamline_hooks.core import Config, StreamlineError, field_hints
-from streamline_hooks.distillation import LOSSES, HealingConfig
+from streamline_hooks.distillation import LOSSES, DistillationConfig, HealingConfig
 from streamline_hooks.modeling import Task
 from streamline_hooks.pipeline import PRESETS, CompressionConfig
 from streamline_hooks.repair import ReplacementConfig
@@ -335,12 +335,20 @@ def set_examples(calibration: int | None, validation: int | None, test: int | No
     return {part: count for part, count in counts.items() if count is not None}
 
 
-def set_flags(option_values: OptionValues, examples: Mapping[str, int]) -> dict[str, str]:
-    """Return the flags of the options that were set, by path."""
-    options = [*config_options(), *config_options(LoadingConfig)]
-    names = {option.path: option.flag for option in options}
+def set_flags(
+    option_values: OptionValues, examples: Mapping[str, int], config: CompressionConfig, file: Path | None
+) -> dict[str, str]:
+    """Return by path the flags of the options that were set, and the fields that a config file sets."""
+    names = {option.path: option.flag for option in [*config_options(), *config_options(LoadingConfig)]}
     flags = {path: names[path] for path in option_values if path in names}
-    return flags | {f"examples.{part}": f"--{part}-examples" for part in examples}
+    flags |= {f"examples.{part}": f"--{part}-examples" for part in examples}
+    if file is None:
+        return flags
+    default = CompressionConfig()
+    if config.distillation is not None:
+        default = replace(default, distillation=DistillationConfig())
+    paths = [option.path for option in config_options()]
+    return {path: f"{path} in {file}" for path in paths if _value(config, path) != _value(default, path)} | flags
 
 
 _TOP_LEVEL = {field.name for field in fields(CompressionConfig)}

@@ -34,6 +34,8 @@ from streamline_hooks.pipeline import (
     CompressionConfig,
     CompressionJob,
     DeviceRates,
+    JobData,
+    JobLimits,
     ModelShape,
     estimate_from_shape,
 )
@@ -103,18 +105,16 @@ def plan(
         raise StreamlineError(
             f"{' and '.join(unused)} has no effect with a model. Expected a model or a shape. Leave one of them out."
         )
-    seconds = parse_duration(budget) if budget else None
-    sources, loading = parse_sources(calibration or ["pydoc"]), read_loading(option_values)
+    data = JobData(parse_sources(calibration or ["pydoc"]), examples=examples)
     with tempfile.TemporaryDirectory() as folder:  # for measuring the write rate only
         job = CompressionJob(
             model,
             settings,
             Path(folder) / "output",
-            sources,
-            loading,
-            examples=examples,
-            budget=seconds,
-            flags=set_flags(option_values, examples),
+            data,
+            read_loading(option_values),
+            limits=JobLimits(seconds=parse_duration(budget) if budget else None),
+            flags=set_flags(option_values, examples, settings, config),
         )
         job.check(dry_run=True)
         job.prepare()

@@ -31,7 +31,7 @@ from streamline_hooks.cli.options import (
 from streamline_hooks.cli.output import Printer, print_log, write_page
 from streamline_hooks.cli.parsing import parse_replacement, parse_sources, parse_target
 from streamline_hooks.core import StreamlineError, atomic_file, check_writable, write_json
-from streamline_hooks.pipeline import CompressionConfig, CompressionJob, SpeedConfig
+from streamline_hooks.pipeline import CompressionConfig, CompressionJob, JobData, SpeedConfig
 from streamline_hooks.pipeline import sweep as run
 from streamline_hooks.repair import ReplacementConfig
 
@@ -51,7 +51,10 @@ Repair = Annotated[
         f"the config or preset, else {KINDS}."
     ),
 ]
-Speed = Annotated[bool, Parameter(help="Measure the speed of the original and the compressed model in turn.")]
+Speed = Annotated[
+    bool | None,
+    Parameter(help="Measure the speed of the original and the compressed model in turn. By default as in the config."),
+]
 SpeedTokens = Annotated[int, Parameter(help="Tokens of the timed prompt.")]
 Repeats = Annotated[int, Parameter(help="Number of timed rounds.")]
 WITHOUT = ("remove", "repair", "repair.seed", "evaluation.speed", "evaluation.generation", "train_until")
@@ -73,7 +76,7 @@ def sweep(
     calibration_examples: Examples = None,
     validation_examples: ValidationExamples = None,
     test_examples: TestExamples = None,
-    speed: Speed = True,
+    speed: Speed = None,
     speed_tokens: SpeedTokens = 512,
     repeats: Repeats = 7,
     as_json: Json = False,
@@ -103,17 +106,19 @@ def sweep(
             "generate the text once, and pass its file."
         )
     examples = set_examples(calibration_examples, validation_examples, test_examples)
-    flags = set_flags(option_values, examples)
-    job = CompressionJob(model, settings, output, sources, read_loading(option_values), examples=examples, flags=flags)
-    loaded, tokenizer, data = job.load()
+    flags = set_flags(option_values, examples, settings, config)
+    data = JobData(sources, examples=examples)
+    job = CompressionJob(model, settings, output, data, read_loading(option_values), flags=flags)
+    loaded, tokenizer, parts = job.load()
+    timed = settings.evaluation.speed if speed is None else speed
     result = run(
         loaded,
-        data,
+        parts,
         job.config,
         tokenizer=tokenizer,
         remove=[settings.target] if targets is None else targets,
         repair=[settings.repair] if kinds is None else kinds,
-        speed=SpeedConfig(speed_tokens, repeats) if speed else None,
+        speed=SpeedConfig(speed_tokens, repeats) if timed else None,
         cache_file=output / "measured.json",
     )
     show = Printer(as_json)

@@ -1,6 +1,6 @@
 """Read documents, images and pairs, and split them into disjoint calibration, validation and test batches."""
 
-from streamline_hooks.data.documents import Documents, read_documents, stream_documents
+from streamline_hooks.data.documents import Documents, TextDataset, read_documents, stream_documents, text_column
 from streamline_hooks.data.image_texts import (
     ImageText,
     contains_image_texts,
@@ -61,6 +61,7 @@ __all__ = [
     "PartSizes",
     "Picture",
     "SelfGenerationConfig",
+    "TextDataset",
     "TextPair",
     "TextSources",
     "TokenSplit",
@@ -92,6 +93,7 @@ __all__ = [
     "split_documents",
     "stream_documents",
     "task_batches",
+    "text_column",
     "text_parts",
     "with_repeated_passages",
 ]

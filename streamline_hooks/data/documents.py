@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 from streamline_hooks.core import Processes, StreamlineError, current_processes, parse_json
 
@@ -44,6 +44,33 @@ LONGEST = 50_000_000
 """Maximum characters of a document in a text file; a file without separators might not fit in memory."""
 _ROWS = 100
 _LIMIT = 50_000_000
+
+
+@runtime_checkable
+class TextDataset(Protocol):
+    """A `datasets.Dataset` or `datasets.IterableDataset` with documents in the column ``text``."""
+
+    column_names: Any
+    features: Any
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows."""
+
+
+def text_column(dataset: TextDataset) -> list[str]:
+    """Return the documents of a data set.
+
+    Raises
+    ------
+    StreamlineError
+        If the data set has no column ``text``.
+    """
+    if "text" not in (dataset.column_names or ()):
+        raise StreamlineError(
+            f"The data set has the columns {dataset.column_names}. Expected a column 'text'. Rename a column with "
+            "data.rename_column(..., 'text'), or select a split of the data set first."
+        )
+    return [row["text"] for row in dataset]
 
 
 class Documents(list[str]):

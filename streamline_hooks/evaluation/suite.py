@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, ClassVar, Literal
 
 from streamline_hooks.core import Config, StreamlineError
-from streamline_hooks.data import read_documents
+from streamline_hooks.data import TextDataset, read_documents, text_column
 from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskSettings, load_tasks
 from streamline_hooks.evaluation.samples import TextGenerationConfig
 from streamline_hooks.evaluation.sliding_perplexity import window_and_stride
@@ -27,9 +27,9 @@ class Suite(Config):
 
     Attributes
     ----------
-    text : sequence of str, or mapping of str to sequence of str
+    text : sequence of str, or mapping of str to sequence of str or datasets.Dataset
         Text for perplexity and agreement: sources (see `read_documents`), each of which is a domain; or documents by
-        domain.
+        domain, as strings or as a data set with a column ``text``.
     text_tokens : int, optional
         Approximate maximum number of tokens per domain, a random subset of documents. By default all.
     batches : dict of str to sequence of batches
@@ -95,7 +95,7 @@ class Suite(Config):
         "text_tokens": 1, "shots": 0, "probes": 0, "items": 1, "prompts": 0, "window": 1, "stride": 1,
         "batch_size": 1, "seed": 0,
     }  # fmt: skip
-    text: Sequence[str] | Mapping[str, Sequence[str]] = ()
+    text: Sequence[str] | Mapping[str, Sequence[str] | TextDataset] = ()
     text_tokens: int | None = None
     batches: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     task: Task | None = None
@@ -168,7 +168,10 @@ class Suite(Config):
     def _texts(self, tokenizer: Any) -> list[tuple[str, list[str]]]:
         """Return the name and documents of each domain."""
         if isinstance(self.text, Mapping):
-            domains = [(name, list(documents)) for name, documents in self.text.items()]
+            domains = [
+                (name, text_column(documents) if isinstance(documents, TextDataset) else list(documents))
+                for name, documents in self.text.items()
+            ]
         else:
             domains = [(source_name(source), list(read_documents(source))) for source in self.text]
         limit, seed = self.text_tokens, self.seed

@@ -15,7 +15,7 @@ from streamline_hooks.pipeline.cost import (
     measure_rates,
     state_memory_left,
 )
-from streamline_hooks.pipeline.job import CompressionJob, suite_for_model, takes_documents
+from streamline_hooks.pipeline.job import CompressionJob, JobData, JobLimits, suite_for_model, takes_documents
 from streamline_hooks.pipeline.plan import TrainingPlan, estimate_cost, estimate_ranking, plan_training
 from streamline_hooks.pipeline.prepare import split_held_out
 from streamline_hooks.pipeline.presets import PRESETS, Preset
@@ -39,6 +39,8 @@ __all__ = [
     "DataConfig",
     "DeviceRates",
     "EvaluationConfig",
+    "JobData",
+    "JobLimits",
     "ModelShape",
     "Preset",
     "RankingJob",

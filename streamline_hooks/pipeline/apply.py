@@ -163,16 +163,27 @@ def trainable_selections(
 
 
 def _is_trainable(ready: Preparation, healing: HealingConfig | None, windows: Sequence[range]) -> bool:
-    """Whether parameters remain to train; healing other than ``where="after"`` must match a block."""
-    heals = has_healing(ready, healing, windows)
+    return is_trainable(len(ready.stack), ready.size.parameters, healing, windows)
+
+
+def is_trainable(length: int, parameters: int, healing: HealingConfig | None, windows: Sequence[range]) -> bool:
+    """Whether something is left to train after a removal; healing other than ``where="after"`` must match a block.
+
+    `length` is the number of blocks, and `parameters` the number of parameters of the replacement.
+    """
+    heals = _heals(length, healing, windows)
     if healing is not None and not heals and healing.where != "after":
         return False
-    return heals or bool(ready.size.parameters)
+    return heals or bool(parameters)
 
 
 def has_healing(ready: Preparation, healing: HealingConfig | None, windows: Sequence[range]) -> bool:
     """Whether healing matches a block or trains the head."""
-    return healing is not None and (healing.head or bool(healing.blocks(len(ready.stack), windows)))
+    return _heals(len(ready.stack), healing, windows)
+
+
+def _heals(length: int, healing: HealingConfig | None, windows: Sequence[range]) -> bool:
+    return healing is not None and (healing.head or bool(healing.blocks(length, windows)))
 
 
 def train_selection(

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from streamline_hooks.checkpoint import check_output_folder, save
 from streamline_hooks.core import (
-    Batch,
     DistributedStep,
     StepTimer,
     StreamlineError,
@@ -24,13 +20,13 @@ from streamline_hooks.core import (
     get_logger,
     validate_arguments,
 )
-from streamline_hooks.data import PackedText, TokenSplit
+from streamline_hooks.data import TokenSplit
 from streamline_hooks.modeling import StateSource, find_stack, sentence_folder_of
 from streamline_hooks.pipeline.apply import round_files
 from streamline_hooks.pipeline.compress_checkpoint import require_blockwise
 from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig, RunOptions
 from streamline_hooks.pipeline.one_round import compress_once
-from streamline_hooks.pipeline.prepare import TextDataset, divide_for_rounds, parts_of, require_saveable
+from streamline_hooks.pipeline.prepare import CompressionData, divide_for_rounds, parts_of, require_saveable
 from streamline_hooks.pipeline.result import CompressionResult
 from streamline_hooks.selection import Target, blocks_to_remove, protected_blocks
 
@@ -132,14 +128,7 @@ def blocks_by_round(length: int, config: CompressionConfig) -> list[int]:
 @validate_arguments()
 def compress(
     model: PreTrainedModel | StateSource,
-    data: (
-        Sequence[str]
-        | TextDataset
-        | TokenSplit
-        | Sequence[Batch | Tensor]
-        | Mapping[str, PackedText]
-        | Mapping[str, Sequence[Batch | Tensor]]
-    ),
+    data: CompressionData,
     /,
     config: CompressionConfig | None = None,
     *,

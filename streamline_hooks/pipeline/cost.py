@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.checkpoint import open_checkpoint, stored_bytes
 from streamline_hooks.core import (
+    HardwareConfig,
     Processes,
     StreamlineError,
     current_processes,
@@ -145,7 +146,8 @@ def blockwise_work(
         Bytes per weight in the checkpoint. By default those of the parameters.
     """
     data, n, d, candidates = config.data, len(stack), hidden_size_of(stack), config.search.shortlist
-    calibration, validation, test = data.calibration_tokens, data.validation_tokens, data.test_tokens
+    calibration = data.fitting_tokens or data.calibration_tokens
+    validation, test = data.validation_tokens, data.test_tokens
     model: Any = stack.model
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
@@ -205,24 +207,31 @@ def _further_passes(config: CompressionConfig, window: int) -> tuple[int, int, i
 
 
 def compression_bytes(
-    stack: BlockStack, *, batch: int, text: int, windows: int = 1, trained: int = 0, state_memory: int = 2**31
+    stack: BlockStack,
+    *,
+    batch: int,
+    text: int,
+    windows: int = 1,
+    trained: int = 0,
+    hardware: HardwareConfig = HardwareConfig(),
 ) -> dict[str, int]:
     """Return the peak memory of each stage of `compress` in bytes, in addition to the model.
 
     `batch` and `text` are the tokens (patches of a vision model) of the largest batch and of the training and
     validation data. `windows` is the number of windows fitted in one pass, and `trained` the number of trainable
-    parameters. `state_memory` is as in `HardwareConfig`.
+    parameters. `hardware` determines the memory and the data type of cached states.
     """
     itemsize = next(p.element_size() for p in stack.model.parameters() if p.is_floating_point())
     width, n = hidden_size_of(stack), len(stack)
     head = getattr(stack.model, "get_output_embeddings", lambda: None)()
     vocabulary = 0 if head is None else head.weight.shape[0]  # classes and embeddings are small
+    cached = 2 * text * width * (hardware.kept_dtype.itemsize if hardware.kept_dtype else itemsize)
     state, logits, reference = batch * width * itemsize, batch * vocabulary * itemsize, 4 * batch * vocabulary
     return {
         "rank": (n + 1) * state + 16 * batch * (n + 1) ** 2,
         "fit": 4 * windows * (state + 16 * width**2),
         "verify": windows * state + 3 * logits + reference,
-        "train": min(2 * text * width * itemsize, state_memory) + 16 * trained + 8 * n * state + 3 * logits + reference,
+        "train": min(cached, hardware.state_memory) + 16 * trained + 8 * n * state + 3 * logits + reference,
         "evaluate": windows * state + 2 * logits,
     }
 

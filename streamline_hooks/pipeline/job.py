@@ -41,7 +41,6 @@ from streamline_hooks.pipeline.plan import TrainingPlan, check_plannable, estima
 from streamline_hooks.pipeline.prepare import SourceText, split_sizes
 from streamline_hooks.pipeline.result import CompressionResult
 from streamline_hooks.pipeline.stage_times import CostEstimate
-from streamline_hooks.statistics import Profile
 
 logger = get_logger(__name__)
 
@@ -53,7 +52,74 @@ PLANNED = (
     "repair", "healing", "rounds", "search", "search.criterion", "data.calibration_tokens", "data.fitting_tokens",
     "data.repeated_context", "hardware.autocast",
 )  # fmt: skip
-"""The fields that a time budget sets, in addition to those of the distillation."""
+"""The options that do not go with a time budget, in addition to those of the distillation."""
+REPLACED = (
+    "data.calibration_tokens", "data.fitting_tokens", "distillation.epochs", "distillation.validations",
+    "hardware.autocast",
+)  # fmt: skip
+"""The fields of a recipe that a time budget replaces."""
+
+
+@dataclass(frozen=True)
+class JobData:
+    """The sources of the data of a job.
+
+    Attributes
+    ----------
+    sources : TextSources
+        Sources of the calibration text, or files of images or pairs.
+    test : sequence of str
+        Sources of the test part. By default it is a part of `sources`.
+    pack : bool
+        Whether whole documents are packed into the sequences.
+    examples : mapping of str to int
+        Number of images or pairs in each part, by its name. By default see `EXAMPLES`.
+    parts : sequence of str
+        The parts to read: all three by default, or ``calibration`` alone to rank on as little data as possible.
+
+    Examples
+    --------
+    >>> from streamline_hooks.pipeline import JobData
+    >>> JobData(examples={"calibration": 64}).sources.names
+    ('pydoc',)
+    """
+
+    sources: TextSources = field(default_factory=TextSources)
+    test: Sequence[str] = ()
+    pack: bool = False
+    examples: Mapping[str, int] = field(default_factory=dict)
+    parts: Sequence[str] = PARTS
+
+    def task_batches(
+        self, model: Any, processor: Any, task: Task, config: CompressionConfig
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return the batches of each part, for a model that is not given documents."""
+        sizes = split_sizes(config)
+        amounts = PartSizes(
+            {part: sizes[f"{part}_tokens"] for part in self.parts},
+            {part: self.examples.get(part, EXAMPLES[part]) for part in self.parts},
+            config.data.sequence_length,
+            config.hardware.batch_size,
+            config.seed,
+        )
+        names = None if self.sources == TextSources() else list(self.sources.names)
+        return task_batches(model, processor, task, names, amounts, list(self.test) or None)
+
+
+@dataclass(frozen=True)
+class JobLimits:
+    """The limits of a compression.
+
+    Attributes
+    ----------
+    memory : int, optional
+        Bytes of memory of this machine that may be used. By default the memory that is free.
+    seconds : float, optional
+        Time for the whole compression, see `plan_training`. By default it is not limited.
+    """
+
+    memory: int | None = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -68,46 +134,28 @@ class CompressionJob:
         If its `task` is None, the task follows from the model's class.
     output : Path
         Folder for the compressed model.
-    sources : TextSources
-        Sources of the calibration text, or files of images or pairs.
+    data : JobData
     loading : LoadingConfig
     options : RunOptions
-        Its `profile` and `test_texts` are replaced by those of `profile_file` and `test`.
-    profile_file : Path, optional
-        File of a saved profile. By default the profile is measured.
-    test : sequence of str
-        Sources of the test part. By default it is a part of `sources`.
-    pack : bool
-        Whether whole documents are packed into the sequences.
-    examples : mapping of str to int
-        Number of images or pairs in each part, by its name. By default see `EXAMPLES`.
-    memory : int, optional
-        Bytes of memory of this machine that may be used. By default the memory that is free.
-    budget : float, optional
-        Seconds for the whole compression, see `plan_training`.
+        Its `test_texts` are replaced by those of `data`.
+    limits : JobLimits
     flags : mapping of str to str
-        The options of the command line that were set, by the path of their field, for error messages.
+        Names of the options and the fields of a config file that were set, by path: ``--seed``, or ``seed in FILE``.
     """
 
     model: str
     config: CompressionConfig
     output: Path
-    sources: TextSources = field(default_factory=TextSources)
+    data: JobData = field(default_factory=JobData)
     loading: LoadingConfig = field(default_factory=LoadingConfig)
     options: RunOptions = field(default_factory=RunOptions)
-    profile_file: Path | None = None
-    test: Sequence[str] = ()
-    pack: bool = False
-    examples: Mapping[str, int] = field(default_factory=dict)
-    memory: int | None = None
-    budget: float | None = None
+    limits: JobLimits = field(default_factory=JobLimits)
     flags: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.config = replace(self.config, task=self.config.task or task_of_pretrained(self.model, self.loading))
         self.plan: TrainingPlan | None = None
         self._memory: int | None = None
-        self._profile: Profile | None = None
         self._loaded: tuple[Any, Any] = (None, None)
         self._data: Any = None
         self._test_texts: list[str] | None = None
@@ -120,53 +168,58 @@ class CompressionJob:
 
     def check(self, *, dry_run: bool = False) -> None:
         """Raise if settings contradict each other or have no effect. Nothing is loaded."""
-        config, special = self.config, self.sources.special
+        config, data, special = self.config, self.data, self.data.sources.special
         check_output_folder(self.output, self.options.overwrite)
-        if self.budget is not None:
+        if self.limits.seconds is not None:
             self._refuse_planned()
-        if dry_run and self.sources.generated:
+        if dry_run and data.sources.generated:
             raise StreamlineError(
                 f"{special} was given for an estimate, which generates no text. Expected sources that exist. Leave it "
                 "out; compress without --dry-run generates the text."
             )
-        if self.pack and (self.test or special):
+        if data.pack and (data.test or special):
             raise StreamlineError(
-                f"--pack divides one text into all parts and does not go with {'--test' if self.test else special}. "
+                f"--pack divides one text into all parts and does not go with {'--test' if data.test else special}. "
                 "Expected one of the two. Leave one of them out."
             )
         if not self.task.is_causal_lm:
-            for_text = {"--pack": self.pack, "--memory": self.memory, "--budget": self.budget}
+            for_text = {"--pack": data.pack, "--memory": self.limits.memory, "--budget": self.limits.seconds}
             if special or any(for_text.values()):
                 option = special or next(name for name, value in for_text.items() if value)
                 raise StreamlineError(
                     f"{option} is for models that generate text, and {self.model} is for {self.task}. Expected a "
                     "causal language model. Leave it out."
                 )
-        if not contains_image_texts(self.sources.names):
-            refuse_unused_sizes(self.task, [*self.flags.values()])
+        if not contains_image_texts(data.sources.names):
+            refuse_unused_sizes(self.task, self.flags)
         if config.distillation is not None:
             config.distillation.objective.require_task(self.task)
         if "data.repeated_context" not in self.flags and config.data.repeated_context and not self._repeats:
-            where = "packed rows" if self.pack else f"the inputs of a model for {self.task}"
+            where = "packed rows" if self.data.pack else f"the inputs of a model for {self.task}"
             logger.info(f"repeated   nothing, in {where}, although the preset repeats passages")
             self.config = replace(config, data=replace(config.data, repeated_context=0.0))
-        if self.budget is not None:
+        if self.limits.seconds is not None:
             check_plannable(self.config)
 
     @property
     def _repeats(self) -> bool:
         """Whether passages can be repeated in the text."""
-        return self.task.is_causal_lm and not self.pack
+        return self.task.is_causal_lm and not self.data.pack
 
     def _refuse_planned(self) -> None:
         """Raise if an option was given that a time budget sets or does not support."""
-        planned = [flag for path, flag in self.flags.items() if path in PLANNED or path.startswith("distillation.")]
+        planned = [
+            flag
+            for path, flag in self.flags.items()
+            if path in (PLANNED if flag.startswith("--") else REPLACED)
+            or (flag.startswith("--") and path.startswith("distillation."))
+        ]
         unsupported = {
             "--resume": self.options.resume,
-            "--pack": self.pack,
-            "--profile": self.profile_file,
-            "--memory": self.memory,
-            self.sources.special: self.sources.special,
+            "--pack": self.data.pack,
+            "--profile": self.options.profile,
+            "--memory": self.limits.memory,
+            self.data.sources.special: self.data.sources.special,
         }
         if refused := [*planned, *(name for name, value in unsupported.items() if value)]:
             raise StreamlineError(
@@ -177,7 +230,7 @@ class CompressionJob:
 
     @cached_property
     def _source_text(self) -> SourceText:
-        return SourceText(self.sources, split_sizes(self.config), self.pack, list(self.test) or None)
+        return SourceText(self.data.sources, split_sizes(self.config), self.data.pack, list(self.data.test) or None)
 
     def prepare(self, work: DistributedStep | None = None) -> None:
         """Load the model and the text, and plan within the budget; a model that does not fit is not loaded.
@@ -185,23 +238,22 @@ class CompressionJob:
         With a budget, this sets `plan` and replaces `config` by that of the plan.
         """
         work = work or DistributedStep("prepare", Processes())
-        self._profile = None if self.profile_file is None else Profile.load(self.profile_file)
         self._memory = work.broadcast_object(lambda: self._memory_for_blocks(processes_here(work.processes)))
         if self._memory is None:
             self.load(work)
-            if self.budget is not None:
+            if self.limits.seconds is not None:
                 self.plan = self._planned()
                 self.config = self.plan.config
 
     def _memory_for_blocks(self, processes: int) -> int | None:
         """Return the bytes in which each process compresses the model block by block; None if it is loaded whole."""
-        if not self.task.is_causal_lm or self.budget is not None:
+        if not self.task.is_causal_lm or self.limits.seconds is not None:
             return None
         loading = self.loading
         in_memory_only = {
-            "generated text": bool(self.sources.generated),
+            "generated text": bool(self.data.sources.generated),
             "resuming a training run": self.options.resume,
-            "a given profile": self.profile_file is not None,
+            "a given profile": self.options.profile is not None,
             f"the device {loading.device}": loading.device not in ("auto", "cpu"),
             "a device map": loading.device_map is not None,
             "quantization": loading.load_in is not None,
@@ -211,15 +263,18 @@ class CompressionJob:
             *unsupported_fields(self.config).values(),
             *(name for name, holds in in_memory_only.items() if holds),
         ]
-        return blockwise_memory(self.model, self.memory, reasons, loading.torch_dtype(), processes)
+        memory = blockwise_memory(self.model, self.limits.memory, reasons, loading.torch_dtype(), processes)
+        if memory is not None and (flag := self.flags.get("hardware.state_memory")):
+            raise StreamlineError(
+                f"{flag} has no effect on a model that is compressed block by block, whose states take the rest of the "
+                "memory limit. Expected --memory. Leave it out."
+            )
+        return memory
 
     def load(self, work: DistributedStep | None = None) -> tuple[Any, Any, Any]:
         """Load the model, its tokenizer or processor, and the data for `compress`."""
-        config, sizes = self.config, split_sizes(self.config)
-        model, processor = load_quietly(self.model, self.task, self.loading)
-        is_text = takes_documents(model, self.task, self.sources)
-        if is_text or not self.task.is_causal_lm:
-            refuse_unused_sizes(self.task, [*self.flags.values()], model)
+        config = self.config
+        model, processor, is_text = load_for_data(self.model, self.task, self.data, self.loading, self.flags)
         if config.rounds > 1:
             by_round = blocks_by_round(len(find_stack(model, config.stack)), config)
             logger.info(f"rounds     {config.rounds}, of {', '.join(map(str, by_round))} blocks")
@@ -228,23 +283,17 @@ class CompressionJob:
             self._source_text.generate(model, processor, self.output.parent, work)
             self._data, self._test_texts = self._source_text.divided(processor)
         else:
-            processor = load_processor(self.model, self.loading) if all(accepted_modalities(model)) else processor
-            tokens = {part: sizes[f"{part}_tokens"] for part in PARTS}
-            examples = {part: self.examples.get(part, EXAMPLES[part]) for part in PARTS}
-            batch = config.data.sequence_length, config.hardware.batch_size, config.seed
-            names = None if self.sources == TextSources() else list(self.sources.names)
-            amounts = PartSizes(tokens, examples, *batch)
-            self._data = task_batches(model, processor, self.task, names, amounts, list(self.test) or None)
+            self._data = self.data.task_batches(model, processor, self.task, config)
         self._loaded = model, processor
         return model, processor, self._data
 
     def _planned(self) -> TrainingPlan:
-        assert self.budget is not None
+        assert self.limits.seconds is not None
         data, (model, tokenizer) = self.config.data, self._loaded
         return plan_training(
             model,
             self._source_text.documents["text"],
-            self.budget,
+            self.limits.seconds,
             self.config if "hardware.batch_size" in self.flags else self.config.updated({"hardware.batch_size": 1}),
             tokenizer=tokenizer,
             sizes={p: getattr(data, f"{p}_tokens") for p in ("validation", "test") if f"data.{p}_tokens" in self.flags},
@@ -257,7 +306,7 @@ class CompressionJob:
         if self._memory is not None:
             return estimate_in_blocks(self.model, self.config, self.output, self._memory, self.loading.torch_dtype())
         if self.plan is None:
-            profiled, search = self.profile_file is not None, self.config.search
+            profiled, search = self.options.profile is not None, self.config.search
             estimate = estimate_cost(
                 *self._loaded,
                 self._data,
@@ -279,7 +328,7 @@ class CompressionJob:
             limits: dict[str, Any] = {"overwrite": overwrite, "dtype": dtype}
             return compress_in_blocks(self.model, text, self.output, self._memory, self.config, **limits)
         model, tokenizer = self._loaded
-        options = replace(self.options, test_texts=self._test_texts, profile=self._profile)
+        options = replace(self.options, test_texts=self._test_texts)
         return compress(model, self._data, self.config, tokenizer=tokenizer, output=self.output, options=options)
 
     def time_taken(self, result: CompressionResult) -> str:
@@ -297,6 +346,22 @@ class CompressionJob:
         there = training_file(self.output).is_file()
         how = "Resume with the same command and --resume --overwrite." if there else "There is nothing to resume from."
         return f"Interrupted: {self.output} contains the best weights so far, those of step {training.best_step}. {how}"
+
+
+def load_for_data(
+    name: str, task: Task, data: JobData, loading: LoadingConfig, flags: Mapping[str, str]
+) -> tuple[Any, Any, bool]:
+    """Return a model, its tokenizer or processor for the data, and whether it is calibrated on documents.
+
+    Raise if options set sizes that the model does not use, or only some of the sources have images.
+    """
+    model, processor = load_quietly(name, task, loading)
+    is_text = takes_documents(model, task, data.sources)
+    if is_text or not task.is_causal_lm:
+        refuse_unused_sizes(task, flags, model)
+    if not is_text and all(accepted_modalities(model)):
+        processor = load_processor(name, loading)
+    return model, processor, is_text
 
 
 def takes_documents(model: Any, task: Task, sources: TextSources) -> bool:
@@ -367,7 +432,7 @@ def suite_for_model(
     return replace(suite, text=(), batches=batches, task=task)
 
 
-def refuse_unused_sizes(task: Task, flags: Sequence[str], model: Any = None) -> None:
+def refuse_unused_sizes(task: Task, flags: Mapping[str, str], model: Any = None) -> None:
     """Raise if options set sizes that a model for a task does not use.
 
     An embedding model is checked only if it is given as `model`, since its task does not determine its inputs.
@@ -380,8 +445,12 @@ def refuse_unused_sizes(task: Task, flags: Sequence[str], model: Any = None) -> 
         return
     of = f"a model for {task}" + f" of {'images' if images else 'text'}" * (task.name == "embedding")
     for part in PARTS:
-        unused, used = (f"--{part}-{unit}" for unit in (("examples", "tokens") if text else ("tokens", "examples")))
+        paths = (f"examples.{part}", f"data.{part}_tokens")
+        options = (f"--{part}-examples", f"--{part}-tokens")
+        unused, used = (paths[0], options[1]) if text else (paths[1], options[0])
         if unused in flags:
-            raise StreamlineError(f"{unused} has no effect on {of}. Expected {used}. Give {used} instead.")
-    if images and "--sequence-length" in flags:
-        raise StreamlineError("--sequence-length has no effect on a model for images. Expected none. Leave it out.")
+            raise StreamlineError(f"{flags[unused]} has no effect on {of}. Expected {used}. Give {used} instead.")
+    if images and "data.sequence_length" in flags:
+        raise StreamlineError(
+            f"{flags['data.sequence_length']} has no effect on a model for images. Expected none. Leave it out."
+        )

@@ -30,11 +30,11 @@ from streamline_hooks.core import (
     hide_progress,
     is_text_batch,
 )
-from streamline_hooks.data import split_documents
+from streamline_hooks.data import TextDataset, TokenSplit, split_documents
 from streamline_hooks.modeling import Task, find_stack
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.cost import compression_bytes, format_duration
-from streamline_hooks.pipeline.prepare import parts_of, prepare_compression, split_sizes
+from streamline_hooks.pipeline.prepare import CompressionData, parts_of, prepare_compression, split_sizes
 from streamline_hooks.pipeline.result import expected_trials
 from streamline_hooks.selection import Target, blocks_to_remove
 from streamline_hooks.statistics import profile
@@ -110,7 +110,7 @@ class TrainingPlan:
 def estimate_cost(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    texts: Any,
+    texts: CompressionData,
     config: CompressionConfig | None = None,
     *,
     test_texts: Sequence[str] | None = None,
@@ -151,12 +151,12 @@ def estimate_cost(
     >>> [stage.name for stage in cost.stages]
     ['prepare', 'rank', 'fit', 'verify', 'evaluate', 'generate', 'save']
     """
-    config, texts = config or CompressionConfig(), parts_of(texts)
+    config, parts = config or CompressionConfig(), parts_of(texts)
     options: dict[str, Any] = {"task": config.task or Task.of(model), "test_texts": test_texts}
 
     def estimate() -> CostEstimate:
         began, training, rounds = clock(), config.distillation, config.rounds
-        ready = prepare_compression(model, tokenizer, texts, config, **options)
+        ready = prepare_compression(model, tokenizer, parts, config, **options)
         ready.require_writable()
         for line in ready.announcement():
             logger.info(line)
@@ -164,7 +164,7 @@ def estimate_cost(
         if rounds > 1:
             count = math.ceil(blocks_to_remove(config.target, len(ready.stack)) / rounds)
             first = replace(config, remove=Target(blocks=count))
-            ready = prepare_compression(model, tokenizer, texts, first, **options)
+            ready = prepare_compression(model, tokenizer, parts, first, **options)
         rates = measure_stages(ready, tokenizer, output, clock, prepared)
         if profiled:
             rates.per_token["rank"] = 0.0
@@ -172,9 +172,24 @@ def estimate_cost(
         fitting, validation, test = map(_total, ([*ready.fit, *ready.held_out], ready.validation, ready.test))
         # Rounds divide the training text, and share the validation and test text.
         sizes = StageTokens(_total(ready.training), fitting, rounds * validation, rounds * test, *passes)
-        return replace(rates.estimate(sizes), unit=_unit(ready.calibration[0]))
+        estimated = _limit_training(rates.estimate(sizes), config)
+        return replace(estimated, unit=_unit(ready.calibration[0]))
 
     return DistributedStep("estimate_cost", current_processes()).broadcast_object(estimate)
+
+
+def _limit_training(estimate: CostEstimate, config: CompressionConfig) -> CostEstimate:
+    """Limit the time of training to `train_until` and ``distillation.max_minutes``."""
+    limit, before, stages = math.inf, 0.0, []
+    if config.distillation is not None and config.distillation.max_minutes is not None:
+        limit = 60 * config.distillation.max_minutes
+    for stage in estimate.stages:
+        if stage.name == "train":
+            until = math.inf if config.train_until is None else max(0.0, config.train_until - before)
+            stage = stage._replace(seconds=min(stage.seconds, limit, until))
+        before += stage.seconds
+        stages.append(stage)
+    return replace(estimate, stages=tuple(stages))
 
 
 def estimate_ranking(
@@ -226,7 +241,7 @@ def _unit(batch: Batch | Tensor) -> str:
 @distributed_step("plan_training")
 def plan_training(
     model: PreTrainedModel,
-    data: Sequence[str],
+    data: Sequence[str] | TextDataset,
     seconds: float,
     config: CompressionConfig | None = None,
     *,
@@ -244,7 +259,7 @@ def plan_training(
     Parameters
     ----------
     model, data, tokenizer, output
-        As in `compress`, with documents as data.
+        As in `compress`. The data are documents: strings, or a data set with a column ``text``.
     seconds : float
         The time budget in seconds.
     config : CompressionConfig, optional
@@ -277,6 +292,12 @@ def plan_training(
             f"sizes has the unknown parts {sorted(unknown)}. Expected validation and test; the budget determines the "
             "other parts. Leave them out."
         )
+    documents = parts_of(data)
+    if isinstance(documents, (Mapping, TokenSplit)):
+        raise StreamlineError(
+            f"plan_training: data is a {type(data).__name__} with parts of given sizes. Expected documents, whose "
+            "parts follow from the budget. Pass a list of strings or a datasets.Dataset."
+        )
     chosen = config or CompressionConfig.preset("best", hardware=HardwareConfig(batch_size=1))
     check_plannable(chosen)
     if chosen.healing is not None and chosen.healing.where == "after":
@@ -304,14 +325,14 @@ def plan_training(
         short_config = planned(parts.sizes(sequences), autocast)
         short_config = replace(short_config, data=replace(short_config.data, fitting_tokens=None))
         options: dict[str, Any] = {"task": Task("causal-lm"), "test_texts": test_texts}
-        ready = prepare_compression(model, tokenizer, data, short_config, **options)
+        ready = prepare_compression(model, tokenizer, documents, short_config, **options)
         rates = measure_stages(ready, tokenizer, output, perf_counter, perf_counter() - began)
         rates = replace(rates, fixed={"plan": 0.0, **rates.fixed})
         while True:
             rates.fixed["plan"] = perf_counter() - began
             stages = fit_to_budget(seconds, rates, parts)
             config = planned(stages, autocast)
-            split = split_documents(data, tokenizer, test_documents=test_texts, **split_sizes(config))
+            split = split_documents(documents, tokenizer, test_documents=test_texts, **split_sizes(config))
             tokens = (split.calibration.numel(), split.validation.numel(), split.test.numel())
             if tokens == (stages.training, stages.validation, stages.test):
                 break

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from streamline_hooks.data import (
     PARTS,
     BatchSplit,
     PackedText,
+    TextDataset,
     TextSources,
     TokenSplit,
     check_packing,
     check_tokenizer,
     read_documents,
     split_documents,
+    text_column,
     with_repeated_passages,
 )
 from streamline_hooks.modeling import BlockStack, Task, find_stack
@@ -170,6 +172,19 @@ def prepare_compression(
     tokenizer = cast("PreTrainedTokenizerBase", tokenizer)
     split = token_split or split_documents(cast(Sequence[str], texts), tokenizer, test_documents=test_texts, **sizes)
     check_tokenizer(tokenizer, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings, split)
+    split, batches = batches_by_step(model, split, config, stack=stack.path, refuse_crossing=refuse_crossing)
+    return Preparation(stack, config, candidates, protected, split, task, reachable, *batches)
+
+
+def batches_by_step(
+    model: Any,
+    split: TokenSplit,
+    config: CompressionConfig,
+    *,
+    stack: str,
+    refuse_crossing: Callable[..., None] = check_packing,
+) -> tuple[TokenSplit, list[PreparedBatches]]:
+    """Return the split with the notes of its repeated passages, and the last seven fields of `Preparation`."""
     rows = _fitting_rows(config.data.fitting_tokens, split.calibration)
     ids = _rows_by_step({name: getattr(split, name) for name in PARTS}, rows)
     if config.data.repeated_context:
@@ -178,14 +193,13 @@ def prepare_compression(
         )
         ids = (repeated.calibration, repeated.validation, *ids[2:])
         split = replace(split, notes=(*split.notes, f"for the choice of blocks, {repeated.notes[-1]}"))
-    if split.positions:
-        positions = _rows_by_step(split.positions, rows)
-        size = config.hardware.batch_size
-        batches = [PackedText(*pair, 0, 0).batches(size) for pair in zip(ids, positions, strict=True)]
-        refuse_crossing(model, [batch for part in batches for batch in part], stack=stack.path)
-    else:
-        batches = [split_into_batches(part, config.hardware.batch_size) for part in ids]
-    return Preparation(stack, config, candidates, protected, split, task, reachable, *batches)
+    size = config.hardware.batch_size
+    if not split.positions:
+        return split, [split_into_batches(part, size) for part in ids]
+    positions = _rows_by_step(split.positions, rows)
+    batches = [PackedText(*pair, 0, 0).batches(size) for pair in zip(ids, positions, strict=True)]
+    refuse_crossing(model, [batch for part in batches for batch in part], stack=stack)
+    return split, batches
 
 
 def divide_for_rounds(
@@ -211,15 +225,15 @@ def divide_for_rounds(
     return split, [split.part_of_calibration(number, rounds) for number in range(rounds)]
 
 
-@runtime_checkable
-class TextDataset(Protocol):
-    """A `datasets.Dataset` or `datasets.IterableDataset` with documents in the column ``text``."""
-
-    column_names: Any
-    features: Any
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the rows."""
+CompressionData = (
+    Sequence[str]
+    | TextDataset
+    | TokenSplit
+    | Sequence[Batch | Tensor]
+    | Mapping[str, PackedText]
+    | Mapping[str, Sequence[Batch | Tensor]]
+)
+"""The data that `compress`, `sweep` and `estimate_cost` accept; see `compress`."""
 
 
 def parts_of(data: Any) -> Any:
@@ -231,19 +245,14 @@ def parts_of(data: Any) -> Any:
         If a data set has no column ``text``, or there are fewer than three batches.
     """
     if isinstance(data, TextDataset):
-        if "text" not in (data.column_names or ()):
-            raise StreamlineError(
-                f"compress: the data set has the columns {data.column_names}. Expected a column 'text'. Rename a "
-                "column with data.rename_column(..., 'text'), or select a split of the data set first."
-            )
-        return [row["text"] for row in data]
+        return text_column(data)
     if isinstance(data, (Mapping, TokenSplit)) or not any(isinstance(item, (Tensor, Mapping)) for item in data):
         return data
     items = list(data)
     test = max(1, len(items) // 8)
     if len(items) < 3:
         raise StreamlineError(
-            f"compress: got {len(items)} batches. Expected at least 3, for calibration, validation and test. Pass more "
+            f"Got {len(items)} batches. Expected at least 3, for calibration, validation and test. Pass more "
             "or smaller batches."
         )
     return {"calibration": items[: -2 * test], "validation": items[-2 * test : -test], "test": items[-test:]}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from streamline_hooks.core import Bound, Config, StreamlineError
-from streamline_hooks.modeling import BlockStack, find_stack
+from streamline_hooks.modeling import BlockStack, Task, find_stack
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.cost import (
     Rates,
@@ -20,7 +21,7 @@ from streamline_hooks.pipeline.cost import (
     compression_bytes,
     format_bytes,
 )
-from streamline_hooks.selection import target_windows
+from streamline_hooks.selection import protected_blocks, target_windows
 
 _FLOAT64 = 15  # slowdown of float64 on data-center GPUs (H100: 989 and 67 TFLOP/s)
 _BACKWARD = 2  # FLOPs of a backward pass, relative to a forward pass
@@ -179,6 +180,8 @@ def estimate_from_shape(
 ) -> ShapeEstimate:
     """Estimate the cost of compressing a model in memory from its shape and the rates of a device.
 
+    The estimate does not include the generation and the measurement of speed of `EvaluationConfig`.
+
     Parameters
     ----------
     shape : ModelShape
@@ -195,7 +198,7 @@ def estimate_from_shape(
     Raises
     ------
     StreamlineError
-        If the shape is invalid, or the target must be measured on a model.
+        If the shape is invalid, or the target or another field of the config needs a model or measured times.
 
     Examples
     --------
@@ -203,33 +206,77 @@ def estimate_from_shape(
     >>> large.seconds > small.seconds and large.weights > small.weights
     True
     """
-    config, stack = config or CompressionConfig(), shape.stack()
-    if not (config.target.counts_blocks or config.target.unit == "parameters"):
-        raise StreamlineError(
-            f"estimate_from_shape: the target {config.target} must be measured on a model. Expected a number or a "
-            "fraction of the blocks or parameters. Change remove, or estimate with a model (estimate_cost)."
-        )
-    window = len(target_windows(stack.model, config.target, stack=stack.path, protected=frozenset()).windows[0])
+    config = config or CompressionConfig()
+    _require_no_model(config, shape)
+    stack, search = shape.stack(), config.search
+    protected = protected_blocks(search.protect, len(stack))
+    windows = target_windows(
+        stack.model,
+        config.target,
+        stack=stack.path,
+        protected=protected,
+        replacement_module=partial(config.repair.make, stack),
+        slots=search.slots(config.repair),
+    ).windows
+    window = windows[len(windows) // 2]
     unlimited = 2**62
-    stages, _ = blockwise_work(stack, config, window, memory=unlimited)
+    stages, _ = blockwise_work(stack, config, len(window), memory=unlimited)
     trained = 0
     if config.distillation is not None:
-        stages.insert(-2, _training(stack, config, window))
-        trained = 12 * shape.hidden_size**2
+        stages.insert(-2, _training(stack, config, len(window)))
+        trained = _trained_parameters(stack, config, window)
     weights = sum(p.numel() * p.element_size() for p in stack.model.parameters())
     data, hardware = config.data, config.hardware
     peaks = compression_bytes(
         stack,
         batch=hardware.batch_size * data.sequence_length,
         text=data.calibration_tokens + data.validation_tokens,
-        windows=config.search.shortlist,
+        windows=search.shortlist,
         trained=trained,
-        state_memory=hardware.state_memory,
+        hardware=hardware,
     )
     if config.distillation is None:
         del peaks["train"]
     rated = (rates or DeviceRates()).rates()
     return ShapeEstimate(tuple(stages), rated, weights, max(peaks.values()))
+
+
+def _require_no_model(config: CompressionConfig, shape: ModelShape) -> None:
+    """Raise if a field of the config needs a model, or times that are measured on one."""
+    if not (config.target.counts_blocks or config.target.unit == "parameters"):
+        raise StreamlineError(
+            f"estimate_from_shape: the target {config.target} must be measured on a model. Expected a number or a "
+            "fraction of the blocks or parameters. Change remove, or estimate with a model (estimate_cost)."
+        )
+    training, autocast = config.distillation, config.hardware.autocast
+    needs_model = {
+        f"stack={config.stack!r}": config.stack is not None,
+        f"task={config.task}": config.task not in (None, Task("causal-lm")),
+        f"rounds={config.rounds}": config.rounds > 1,
+        f"train_until={config.train_until}": config.train_until is not None,
+        "distillation.max_minutes": training is not None and training.max_minutes is not None,
+        f"hardware.autocast={autocast!r}": autocast not in (None, shape.weight_dtype),
+    }
+    if refused := [name for name, is_set in needs_model.items() if is_set]:
+        raise StreamlineError(
+            f"estimate_from_shape: {' and '.join(refused)} cannot be estimated from a shape and the rates of a device. "
+            "Expected the defaults. Leave it out, or estimate with a model (estimate_cost)."
+        )
+
+
+def _trained_parameters(stack: BlockStack, config: CompressionConfig, window: range) -> int:
+    """Return the number of parameters of the replacement and of the healed blocks and LM head."""
+    count, healing = config.repair.size(stack, window).parameters, config.healing
+    if healing is None:
+        return count
+    for k in healing.blocks(len(stack), [window]):
+        matrices = [p for p in stack.blocks[k].parameters() if p.ndim > 1]
+        if healing.method == "lora":
+            count += sum(healing.rank * sum(matrix.shape) for matrix in matrices)
+        else:
+            count += sum(p.numel() for p in stack.blocks[k].parameters())
+    head = stack.model.get_output_embeddings()  # type: ignore[operator]
+    return count + (head.weight.numel() if healing.head else 0)
 
 
 def _training(stack: BlockStack, config: CompressionConfig, window: int) -> StageWork:

@@ -211,7 +211,7 @@ def measure_stages(
         text=round(positions * (_total(ready.training) + _total(ready.validation))),
         windows=first,
         trained=trained,
-        state_memory=config.hardware.state_memory,
+        hardware=config.hardware,
     )
     copy = model_bytes if config.rounds > 1 else 0  # the original, which is the teacher
     return StageRates(fixed, per_token_of, forward, {name: peaks.get(name, 0) + copy for name in fixed})

@@ -47,7 +47,7 @@ from streamline_hooks.evaluation import (
 from streamline_hooks.modeling import Task, inference
 from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig, RunOptions
-from streamline_hooks.pipeline.prepare import are_batches, parts_of
+from streamline_hooks.pipeline.prepare import CompressionData, are_batches, parts_of
 from streamline_hooks.repair import ReplacementConfig
 from streamline_hooks.selection import Combination, Target
 from streamline_hooks.statistics import Profile
@@ -234,7 +234,7 @@ class SpeedConfig(Config):
 @validate_arguments()
 def sweep(
     model: PreTrainedModel,
-    data: Sequence[str] | TokenSplit | Mapping[str, PackedText] | Mapping[str, Sequence[Batch | Tensor]],
+    data: CompressionData,
     config: CompressionConfig | None = None,
     *,
     remove: Sequence[Target | int | float],
@@ -252,9 +252,9 @@ def sweep(
     ----------
     model : transformers.PreTrainedModel
         The model, which is not changed. A copy is in memory as well.
-    data : sequence of str, TokenSplit or mapping
-        Documents, text that is already split or packed, or batches for any model; see `compress`. Models without a
-        perplexity are compared by the distance of their outputs from the original's and by their accuracy.
+    data : sequence of str, datasets.Dataset, TokenSplit, batches, or mapping of parts
+        Data as for `compress`. Models without a perplexity are compared by the distance of their outputs from the
+        original's and by their accuracy.
     config : CompressionConfig, optional
         The common config of all compressions. Its `remove`, `repair` and `evaluation` are replaced.
     remove : sequence of Target, int or float

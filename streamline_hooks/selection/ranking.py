@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -99,6 +99,8 @@ def rank_windows(
     model: nn.Module | None = None,
     batches: Sequence[Any] | None = None,
     task: Task | None = None,
+    replacement: ReplacementConfig | None = None,
+    is_allowed: Callable[[Sequence[range]], bool] | None = None,
 ) -> Ranking:
     """Rank the windows of every length, or the selections that a search returns for a target.
 
@@ -118,6 +120,11 @@ def rank_windows(
         Inputs for criteria and searches that run the model.
     task : Task, optional
         The model's task, for criteria that compare outputs. By default derived from the model's class.
+    replacement : ReplacementConfig, optional
+        The replacement of the removed blocks, for targets. A replacement that occupies a block slot makes windows one
+        block longer. By default the blocks are only removed.
+    is_allowed : callable, optional
+        Whether the windows of a selection may be removed together, for targets. By default all may.
 
     Returns
     -------
@@ -148,7 +155,9 @@ def rank_windows(
         sizes = range(1, profile.num_boundaries - 1 + has_last)
         rows = [row for size in sizes for row in _best_of(profile, criterion, size, protected, search)]
         return Ranking(profile, criterion.name, criterion.name, rows)
-    problem, selections = _search(profile, target, search, NoneConfig(), model, batches, task)
+    problem, selections = _search(
+        profile, target, search, replacement or NoneConfig(), model, batches, task, is_allowed
+    )
     rows = [_row_of(profile, selection, criterion.name) for selection in selections]
     if search.kind == "window" and criterion.needs == "profile" and profile.resampled:
         rows[0]["first_in_resamples"] = _share_of_first(profile, criterion, problem.candidates)
@@ -221,6 +230,7 @@ def _search(
     model: nn.Module | None,
     batches: Sequence[Batch | Tensor] | None,
     task: Task | None,
+    is_allowed: Callable[[Sequence[range]], bool] | None = None,
 ) -> tuple[SearchProblem, list[Selection]]:
     """Return the search problem and the selections."""
     stack, slots = profile.about.get("stack"), config.slots(replacement)
@@ -237,6 +247,9 @@ def _search(
         options: dict[str, Any] = {"protected": protected, "replacement_module": make, "slots": slots}
         candidates = list(target_windows(model, target, stack=stack, **options).windows)
     config.check(target, min(map(len, candidates)), replacement)
+    allowed = is_allowed or (lambda windows: True)
+    if config.number_of_windows == 1:
+        candidates = [window for window in candidates if allowed([window])] or candidates
     criterion = config.resolved_criterion
     if model is None and (config.runs_model or criterion.needs == "model"):
         raise StreamlineError(
@@ -255,7 +268,13 @@ def _search(
         task=task,
         shortest=replacement.slots + 1,
     )
-    return problem, config.find(problem)
+    selections = [selection for selection in config.find(problem) if allowed(selection.windows)]
+    if not selections:
+        raise StreamlineError(
+            f"search: after no removal of {target} something is left to train. Expected a replacement with parameters, "
+            "or healing that matches a block. Change the config."
+        )
+    return problem, selections
 
 
 def require_target_free(search: SearchConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.training.measurement import Measurement
-from streamline_hooks.training.monitor import HiddenStateMonitor
+from streamline_hooks.training.monitor import HiddenStateMonitor, MonitorConfig
 from streamline_hooks.training.progressive_removal import ProgressiveRemoval, Removal
 from streamline_hooks.training.stochastic_depth import StochasticDepth
 
@@ -16,6 +16,7 @@ __all__ = [
     "HiddenStateMonitor",
     "Measurement",
     "MonitorCallback",
+    "MonitorConfig",
     "ProgressiveRemoval",
     "ProgressiveRemovalCallback",
     "Removal",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.core import (
+    Bound,
+    Config,
     StreamlineError,
     current_processes,
     padding_mask_of_call,
@@ -46,6 +49,34 @@ from streamline_hooks.training.measurement import (
 )
 
 
+@dataclass(frozen=True)
+class MonitorConfig(Config):
+    """What a `HiddenStateMonitor` measures.
+
+    Attributes
+    ----------
+    tokens : {"real", "all"}
+        "real" (default) excludes padding according to the attention mask of the call; "all" counts all tokens.
+    gradients : bool
+        Whether to measure gradients, which copies each state once. True by default.
+    dead : float
+        A block is dead if its mean relative change ‖leaving − entering‖/‖entering‖ is at most this value. 0.001 by
+        default.
+
+    Examples
+    --------
+    >>> from streamline_hooks.training import MonitorConfig
+    >>> MonitorConfig(gradients=False).tokens
+    'real'
+    """
+
+    bounds: ClassVar[Mapping[str, Bound]] = {"dead": 0}
+
+    tokens: Literal["real", "all"] = "real"
+    gradients: bool = True
+    dead: float = 1e-3
+
+
 class HiddenStateMonitor:
     """Measure the hidden states of every N-th step of a training loop.
 
@@ -71,12 +102,8 @@ class HiddenStateMonitor:
     log : callable, optional
         Called on rank 0 as ``log(values, step=step)`` with `Measurement.scalars`. The ``log`` of Accelerate and wandb
         and the ``log_metrics`` of Lightning have this signature.
-    tokens : {"real", "all"}
-        "real" excludes padding according to the attention mask of the call; "all" counts all tokens.
-    gradients : bool
-        Whether to measure gradients, which copies each state once.
-    dead : float
-        A block is dead if its mean relative change ‖leaving − entering‖/‖entering‖ is at most this value.
+    config : MonitorConfig, optional
+        What is measured. By default real tokens, with gradients.
     group : torch.distributed.ProcessGroup, optional
         The ranks with different batches. Default: all ranks. Required under tensor parallelism.
     stack : str, optional
@@ -107,7 +134,7 @@ class HiddenStateMonitor:
     None
     """
 
-    @validate_arguments(every=1, dead=0)
+    @validate_arguments(every=1)
     def __init__(
         self,
         model: nn.Module,
@@ -115,17 +142,15 @@ class HiddenStateMonitor:
         *,
         file: str | Path | None = None,
         log: Callable[..., Any] | None = None,
-        tokens: Literal["real", "all"] = "real",
-        gradients: bool = True,
-        dead: float = 1e-3,
+        config: MonitorConfig | None = None,
         group: Any = None,
         stack: str | None = None,
     ) -> None:
-        self.model, self.every, self.dead, self.group = model, every, dead, group
+        self.model, self.every, self.group = model, every, group
+        self.config = config or MonitorConfig()
         self.stack = find_stack(model, stack)
         self.log = log
         self._file = None if file is None else MeasurementFile(file)
-        self._skip_padding, self._with_gradients = tokens == "real", gradients
         self._handles: list[RemovableHandle] = []
         self._done = 0
         self._due = False  # whether the current step is measured
@@ -237,7 +262,7 @@ class HiddenStateMonitor:
         return is_extended or any(not self._changes[k][0] for k in removed)
 
     def _measured(self, grad_scale: float) -> Measurement:
-        options = {"step": self._done, "grad_scale": grad_scale, "dead": self.dead, "group": self.group}
+        options = {"step": self._done, "grad_scale": grad_scale, "dead": self.config.dead, "group": self.group}
         measured = reduce_sums(self._norms, self._changes, self._probes.pop(), **options)
         for sums in self._norms:
             for tensor in (sums.added, sums.largest, sums.histogram):
@@ -255,7 +280,7 @@ class HiddenStateMonitor:
         self._probes.begin()
         if outermost:
             self._mask = None
-        if self._skip_padding:
+        if self.config.tokens == "real":
             self._mask = padding_mask_of_call(watched, args, kwargs, self._mask)
 
     def _enter(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -267,7 +292,7 @@ class HiddenStateMonitor:
             with torch.no_grad():
                 # A copy, because some blocks modify their input in place.
                 self._entered[k] = by_token(state.detach(), self.stack[k]).to(torch.float32, copy=True)
-        probed = self._probes.enter(k, state) if self._with_gradients else state
+        probed = self._probes.enter(k, state) if self.config.gradients else state
         return None if probed is state else write_input(args, kwargs, probed, self.stack[k])
 
     def _leave(self, k: int, args: tuple[Any, ...], output: Any) -> Any:
@@ -284,7 +309,7 @@ class HiddenStateMonitor:
                     self._norms[0].update(norms_of(entering), real)
                 self._norms[k + 1].update(norms_of(leaving), real)
                 self._changes[k].add_(change_sums(entering, leaving, real))
-        probed = self._probes.leave(k, state) if self._with_gradients else state
+        probed = self._probes.leave(k, state) if self.config.gradients else state
         return None if probed is state else write_output(output, probed)
 
     def _real(self, state: Tensor) -> Tensor | None:

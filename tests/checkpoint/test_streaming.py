@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from streamline_hooks import StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.checkpoint import load, streaming
 from streamline_hooks.checkpoint.offloaded import StateStore, open_checkpoint
-from streamline_hooks.checkpoint.streaming import BlockwisePass, probe_batch
+from streamline_hooks.checkpoint.streaming import BlockwisePass, StateStorage, probe_batch
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny
 from tests.checkpoint.block_by_block import DTYPES, FAMILIES, calibration, on_disk, places, reads, written  # noqa: F401
@@ -29,7 +29,7 @@ def test_states_are_the_whole_models_to_the_bit(family: str, dtype: torch.dtype,
     folder, _ = written(tmp_path, family, dtype)
     wanted, model = places(load(folder, dtype="auto"), calibration()), open_checkpoint(folder)
     seen = []
-    with BlockwisePass(model, calibration(), memory=4000) as states:
+    with BlockwisePass(model, calibration(), storage=StateStorage(4000)) as states:
         for place in states:
             seen.append(place)
             for number, of_batch in enumerate(wanted):

@@ -13,7 +13,7 @@ import torch
 from streamline_hooks import StreamlineError, find_stack, profile
 from streamline_hooks.checkpoint import BlockwiseSource
 from streamline_hooks.checkpoint.offloaded import PassJournal, open_checkpoint
-from streamline_hooks.checkpoint.streaming import BlockwisePass
+from streamline_hooks.checkpoint.streaming import BlockwisePass, StateStorage
 from streamline_hooks.core import write_json
 from streamline_hooks.pipeline import BlockwiseOptions, compress_checkpoint
 from streamline_hooks.statistics import measure_moments
@@ -153,7 +153,7 @@ KILLED = """
     import os, sys
     from pathlib import Path
     from streamline_hooks import find_stack
-    from streamline_hooks.checkpoint import open_checkpoint, BlockwisePass
+    from streamline_hooks.checkpoint import open_checkpoint, BlockwisePass, StateStorage
     from tests.checkpoint.block_by_block import calibration
     model, calls = open_checkpoint(sys.argv[1]), []
     def kill(*_):
@@ -161,7 +161,7 @@ KILLED = """
         if len(calls) == 4:
             os._exit(9)
     find_stack(model)[3].register_forward_hook(kill)
-    with BlockwisePass(model, calibration(), folder=Path(sys.argv[2])) as states:
+    with BlockwisePass(model, calibration(), storage=StateStorage(folder=Path(sys.argv[2]))) as states:
         for place in states:
             states.drop(place - 1)
 """
@@ -173,7 +173,9 @@ def test_a_killed_process_leaves_what_another_one_goes_on_with(tmp_path: Path) -
     assert killed.returncode == 9, killed.stderr
     assert len(list((tmp_path / "states" / "place_0004").iterdir())) < len(calibration()), "half of a place is there"
     wanted, seen = places(whole, calibration()), []
-    with BlockwisePass(open_checkpoint(folder), calibration(), folder=tmp_path / "states") as states:
+    with BlockwisePass(
+        open_checkpoint(folder), calibration(), storage=StateStorage(folder=tmp_path / "states")
+    ) as states:
         for place in states:
             seen.append(place)
             for number, of_batch in enumerate(wanted):
@@ -185,7 +187,7 @@ def test_a_killed_process_leaves_what_another_one_goes_on_with(tmp_path: Path) -
 
 
 def begun(folder: Path, states: Path) -> None:
-    with BlockwisePass(open_checkpoint(folder), calibration(), folder=states) as one:
+    with BlockwisePass(open_checkpoint(folder), calibration(), storage=StateStorage(folder=states)) as one:
         for place in one:
             if place == 2:
                 break
@@ -196,12 +198,12 @@ def test_another_pass_is_not_gone_on_with(tmp_path: Path) -> None:
     begun(folder, tmp_path / "states")
     model, states = open_checkpoint(folder), tmp_path / "states"
     with pytest.raises(StreamlineError, match=r"batches was \w+ and is \w+.*Choose"):
-        BlockwisePass(model, calibration()[:2], folder=states)
+        BlockwisePass(model, calibration()[:2], storage=StateStorage(folder=states))
     with pytest.raises(StreamlineError, match="stop was 6 and is 4"):
-        BlockwisePass(model, calibration(), stop=4, folder=states)
+        BlockwisePass(model, calibration(), stop=4, storage=StateStorage(folder=states))
     other, _ = written(tmp_path, "qwen3")
     with pytest.raises(StreamlineError, match=r"LlamaForCausalLM.*Qwen3ForCausalLM"):
-        BlockwisePass(open_checkpoint(other), calibration(), folder=states)
+        BlockwisePass(open_checkpoint(other), calibration(), storage=StateStorage(folder=states))
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
@@ -209,7 +211,9 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     begun(folder, tmp_path / "states")
     file = tmp_path / "states" / "place_0002" / "batch_000001.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
-    with BlockwisePass(open_checkpoint(folder), calibration(), folder=tmp_path / "states") as states:
+    with BlockwisePass(
+        open_checkpoint(folder), calibration(), storage=StateStorage(folder=tmp_path / "states")
+    ) as states:
         with pytest.raises(StreamlineError, match=r"batch_000001.safetensors.*Delete"):
             list(states)
 

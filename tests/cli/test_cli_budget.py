@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from streamline_hooks import RunOptions, StreamlineError, compress
+from streamline_hooks import RunOptions, StreamlineError, compress, profile
 from streamline_hooks.cli.parsing import parse_duration
 from streamline_hooks.pipeline import plan_training
 from tests.commands import run
+from tests.tiny_models import tiny_model
 from tests.training_callbacks import RaiseAt
 
 Command = Callable[..., tuple[int, str, str]]
@@ -146,6 +148,9 @@ def test_what_does_not_go_with_a_budget_is_refused(
     options: list[str], message: str, command: Command, tmp_path: Path
 ) -> None:
     """Also where it is what would be the case without it: nothing that was said does nothing."""
+    if "--profile" in options:
+        model = tiny_model("llama", blocks=2)
+        options = ["--profile", str(profile(model, [torch.arange(3, 13)[None]]).save(tmp_path / "p"))]
     code, _, err = command(*([] if "--budget" in options else ["--budget", "1h"]), *options)
     assert code == 2 and re.search(message, err), err
     assert not (tmp_path / "out").exists()

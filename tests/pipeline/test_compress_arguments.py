@@ -107,7 +107,7 @@ def test_batches_are_divided_in_their_order() -> None:
 
 
 def test_too_few_batches_are_refused() -> None:
-    with pytest.raises(StreamlineError, match="got 2 batches. Expected at least 3"):
+    with pytest.raises(StreamlineError, match="Got 2 batches. Expected at least 3"):
         compress(tiny_model("llama"), BATCHES[:2], remove=2)
 
 

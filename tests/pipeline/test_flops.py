@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plan import llama_3_70b
 from streamline_hooks import CompressionConfig, StreamlineError
+from streamline_hooks.core import HardwareConfig
 from streamline_hooks.modeling import find_stack
 from streamline_hooks.pipeline.cost import Rates, block_work, blockwise_work, compression_bytes
 from streamline_hooks.testing import tiny_model
@@ -144,4 +145,4 @@ def test_peaks_hold_what_a_stage_keeps() -> None:
     assert peaks(windows=3)["fit"] == 3 * peaks()["fit"] and peaks()["fit"] >= 2 * 8 * width**2
     assert peaks(trained=1000)["train"] - peaks()["train"] == 16_000
     assert peaks(text=2000)["train"] - peaks()["train"] == 1000 * 2 * width * 4
-    assert peaks(text=2000, state_memory=0)["train"] == peaks(text=0)["train"]
+    assert peaks(text=2000, hardware=HardwareConfig(state_memory=0))["train"] == peaks(text=0)["train"]

@@ -22,7 +22,7 @@ from torch import nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError
 from streamline_hooks.recording import RecordingConfig
-from streamline_hooks.training import HiddenStateMonitor, Measurement
+from streamline_hooks.training import HiddenStateMonitor, Measurement, MonitorConfig
 from tests.tiny_models import BLOCKS, FAMILIES, padded, tiny_model, tokens
 
 SERIES = ("cosine", "influence", "change", "norm", "median_norm", "largest_norm", "gradient_norm")
@@ -234,8 +234,9 @@ def test_padding_does_not_count_unless_asked_for() -> None:
     other = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 17)}
     assert_same(measured(model, batch), measured(model, other))
     assert measured(model, batch).tokens == 11
-    assert measured(model, batch, tokens="all").tokens == 18
-    assert measured(model, batch, tokens="all").norm != measured(model, other, tokens="all").norm
+    all_tokens = MonitorConfig(tokens="all")
+    assert measured(model, batch, config=all_tokens).tokens == 18
+    assert measured(model, batch, config=all_tokens).norm != measured(model, other, config=all_tokens).norm
 
 
 def test_a_mask_that_is_not_by_token_is_refused() -> None:
@@ -246,7 +247,7 @@ def test_a_mask_that_is_not_by_token_is_refused() -> None:
         pytest.raises(StreamlineError, match=r"\(2.*1.*6.*6\).*Give tokens='all'"),
     ):
         loss_of(model, {**batch, "attention_mask": square})
-    with HiddenStateMonitor(model, tokens="all") as monitor:
+    with HiddenStateMonitor(model, config=MonitorConfig(tokens="all")) as monitor:
         loss_of(model, {**batch, "attention_mask": square}).backward()
         assert monitor.step().tokens == 12
 
@@ -266,7 +267,7 @@ def test_frozen_blocks_have_no_gradient_and_gain_none() -> None:
     model.lm_head.requires_grad_(False)
     found = measured(model, batch_of([9]))
     assert [value is None for value in found.gradient_norm] == [True] * 4 + [False] * 3
-    without = measured(model, batch_of([9]), gradients=False)
+    without = measured(model, batch_of([9]), config=MonitorConfig(gradients=False))
     assert without.gradient_norm == (None,) * 7
     assert without.norm == found.norm
 
@@ -278,6 +279,7 @@ def test_a_dead_block_and_a_massive_one_and_one_that_is_not_finite() -> None:
         nn.init.zeros_(parameter)
     found = measured(model, batch_of([12]))
     assert (found.dead, found.massive, found.not_finite) == ((2,), (), ())
+    assert measured(model, batch_of([12]), config=MonitorConfig(dead=1e9)).dead == tuple(range(len(model.model.layers)))
     assert found.change[2] == 0.0 and abs(found.influence[2]) < 1e-6
 
     def first_token(block: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -307,7 +309,7 @@ def test_refuses_what_would_measure_nothing() -> None:
     with pytest.raises(StreamlineError, match="every=0"):
         HiddenStateMonitor(model, every=0)
     with pytest.raises(StreamlineError, match="tokens='some'.*Expected one of real, all"):
-        HiddenStateMonitor(model, tokens="some")  # type: ignore[arg-type]
+        MonitorConfig(tokens="some")  # type: ignore[arg-type]
     model.model.layers[1].compile(backend="eager")
     with pytest.raises(StreamlineError, match=r"hidden states of a compiled.*compile it afterwards"):
         HiddenStateMonitor(model).open()
