@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["README.md"]
+exclude_patterns = ["README.md", "copied/options"]  # the pages include the options
 templates_path = ["_templates"]
 root_doc = "index"
 
@@ -66,6 +67,19 @@ def copy_pages() -> None:
                 (target / file.name).write_text(f"# {title}\n\n{file.read_text()}")
             else:
                 shutil.copy(file, target)
+
+
+def write_options() -> None:
+    """Write the tables of options and the reference of the command line, which the pages include."""
+    sys.path.insert(0, str(DOCS))
+    import option_tables
+
+    folder = DOCS / "copied" / "options"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in option_tables.pages().items():
+        file = folder / f"{name}.md"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
 
 
 def error_messages() -> str:
@@ -170,6 +184,7 @@ def setup(app: Any) -> None:
 
 
 copy_pages()
+write_options()
 (DOCS / "copied" / "messages.md").write_text(error_messages())
 (DOCS / "copied" / "llms.txt").write_text(
     index_for_models(
