@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,12 +50,15 @@ numpydoc_xref_param_type = False
 
 
 def copy_pages() -> None:
-    """Copy the notebooks, the tables of results and the changelog, which stand elsewhere in the project."""
+    """Copy the notebooks and the tables of results, which stand elsewhere in the project."""
     for folder, pattern in (("notebooks", "*.ipynb"), ("benchmarks/results", "*.md")):
         target = DOCS / "copied" / Path(folder).name
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for file in sorted((ROOT / folder).glob(pattern)):
+        files = sorted((ROOT / folder).glob(pattern))
+        for old in target.glob("*"):
+            if old.name not in {file.name for file in files}:
+                old.unlink()
+        for file in files:
+            text = file.read_text()
             if file.suffix == ".md":  # the tables have no title of their own
                 title = (
                     file.stem.replace("_", " ")
@@ -64,9 +66,15 @@ def copy_pages() -> None:
                     .replace("Smollm2", "SmolLM2")
                     .replace("opt", "OPT")
                 )
-                (target / file.name).write_text(f"# {title}\n\n{file.read_text()}")
-            else:
-                shutil.copy(file, target)
+                text = f"# {title}\n\n{text}"
+            write(target / file.name, text)
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file unless it has this text, because Sphinx reads a newer file again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
 
 
 def write_options() -> None:
@@ -74,12 +82,8 @@ def write_options() -> None:
     sys.path.insert(0, str(DOCS))
     import option_tables
 
-    folder = DOCS / "copied" / "options"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in option_tables.pages().items():
-        file = folder / f"{name}.md"
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
+        write(DOCS / "copied" / "options" / f"{name}.md", text)
 
 
 def error_messages() -> str:
@@ -185,10 +189,11 @@ def setup(app: Any) -> None:
 
 copy_pages()
 write_options()
-(DOCS / "copied" / "messages.md").write_text(error_messages())
-(DOCS / "copied" / "llms.txt").write_text(
+write(DOCS / "copied" / "messages.md", error_messages())
+write(
+    DOCS / "copied" / "llms.txt",
     index_for_models(
         sorted(page for page in DOCS.rglob("*.md") if "copied" not in page.parts)
-    )
+    ),
 )
 html_extra_path = ["copied/llms.txt"]

@@ -74,7 +74,9 @@ def field_table(config: type, without: Iterable[str] = ()) -> str:
             name += f"<br>`{flags[field.name]}`"
         type_name, text = texts[field.name]
         cells = (name, type_name, f"`{default_of(field)}`", text)
-        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        rows.append(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -102,6 +104,9 @@ def entries(config: type) -> dict[str, tuple[str, str]]:
         for entry in numpydoc.parse(docstring).params:
             if entry.args[0] == "attribute":
                 kind = " ".join((entry.type_name or "").split())
+                kind = (
+                    f"`{kind}`" if kind.startswith("{") else kind
+                )  # no typographic quotes
                 kind += ", optional" if entry.is_optional else ""
                 text = " ".join((entry.description or "").split())
                 for name in entry.arg_name.split(","):
@@ -141,7 +146,9 @@ def family_table(base: type[Config], family: Mapping[str, type[Config]]) -> str:
             rows.append(f"| {label} | | | | no options of its own |")
         for field in own:
             type_name, text = texts[field.name]
-            rows.append(f"| {label} | `{field.name}` | {type_name} | `{default_of(field)}` | {text} |")
+            rows.append(
+                f"| {label} | `{field.name}` | {type_name} | `{default_of(field)}` | {text} |"
+            )
     return "\n".join(rows) + "\n"
 
 
@@ -158,13 +165,17 @@ def command_help(command: str) -> str:
     with every_option([command]):
         app = make_app(command)[command]
         arguments = app.assemble_argument_collection()
-        missing = [argument.name for argument in arguments if not argument.parameter.help]
+        missing = [
+            argument.name for argument in arguments if not argument.parameter.help
+        ]
         if missing:
             raise ValueError(
                 f"The command {command!r} has no text for {', '.join(missing)}. Expected a text for each option. Add "
                 "help= to its cyclopts.Parameter."
             )
-        text = app.generate_docs(heading_level=2, usage_name=f"streamline-hooks {command}")
+        text = app.generate_docs(
+            heading_level=2, usage_name=f"streamline-hooks {command}"
+        )
     lines = []
     for line in text.replace("```console", "```text").splitlines():
         if line.startswith("Example: "):
