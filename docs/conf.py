@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["README.md"]
+exclude_patterns = ["README.md", "copied/options"]  # the pages include the options
 templates_path = ["_templates"]
 root_doc = "index"
 
@@ -50,12 +50,15 @@ numpydoc_xref_param_type = False
 
 
 def copy_pages() -> None:
-    """Copy the notebooks, the tables of results and the changelog, which stand elsewhere in the project."""
+    """Copy the notebooks and the tables of results, which stand elsewhere in the project."""
     for folder, pattern in (("notebooks", "*.ipynb"), ("benchmarks/results", "*.md")):
         target = DOCS / "copied" / Path(folder).name
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for file in sorted((ROOT / folder).glob(pattern)):
+        files = sorted((ROOT / folder).glob(pattern))
+        for old in target.glob("*"):
+            if old.name not in {file.name for file in files}:
+                old.unlink()
+        for file in files:
+            text = file.read_text()
             if file.suffix == ".md":  # the tables have no title of their own
                 title = (
                     file.stem.replace("_", " ")
@@ -63,9 +66,24 @@ def copy_pages() -> None:
                     .replace("Smollm2", "SmolLM2")
                     .replace("opt", "OPT")
                 )
-                (target / file.name).write_text(f"# {title}\n\n{file.read_text()}")
-            else:
-                shutil.copy(file, target)
+                text = f"# {title}\n\n{text}"
+            write(target / file.name, text)
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file unless it has this text, because Sphinx reads a newer file again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+
+
+def write_options() -> None:
+    """Write the tables of options and the reference of the command line, which the pages include."""
+    sys.path.insert(0, str(DOCS))
+    import option_tables
+
+    for name, text in option_tables.pages().items():
+        write(DOCS / "copied" / "options" / f"{name}.md", text)
 
 
 def error_messages() -> str:
@@ -175,10 +193,12 @@ def setup(app: Any) -> None:
 
 
 copy_pages()
-(DOCS / "copied" / "messages.md").write_text(error_messages())
-(DOCS / "copied" / "llms.txt").write_text(
+write_options()
+write(DOCS / "copied" / "messages.md", error_messages())
+write(
+    DOCS / "copied" / "llms.txt",
     index_for_models(
         sorted(page for page in DOCS.rglob("*.md") if "copied" not in page.parts)
-    )
+    ),
 )
 html_extra_path = ["copied/llms.txt"]

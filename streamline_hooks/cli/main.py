@@ -108,7 +108,7 @@ def run(arguments: Sequence[str]) -> None:
         )
     help_all = "--help-all" in arguments and command in COMMANDS
     try:
-        with _every_option([command] if help_all else COMMANDS if command == INSTALL else []):
+        with every_option([command] if help_all else COMMANDS if command == INSTALL else []):
             app([command, "--help"] if help_all else arguments)
     except CycloptsError as error:
         text = " ".join(str(error).split())
@@ -117,12 +117,12 @@ def run(arguments: Sequence[str]) -> None:
 
 def completion(shell: Literal["bash", "zsh", "fish", "powershell"]) -> str:
     """Return the completion script of a shell, which does not start Python."""
-    with _every_option(COMMANDS):
+    with every_option(COMMANDS):
         return make_app().generate_completion(shell=shell)
 
 
 @contextmanager
-def _every_option(commands: Iterable[str]) -> Iterator[None]:
+def every_option(commands: Iterable[str]) -> Iterator[None]:
     """Show all options of some commands in the help within the context."""
     functions = [
         getattr(importlib.import_module(f"streamline_hooks.cli.{COMMANDS[name][0]}"), name) for name in commands
