@@ -64,7 +64,7 @@ class BlockRange(NamedTuple):
 
 @dataclass(frozen=True)
 class StateStorage:
-    """Where a `BlockwisePass` keeps its hidden states.
+    """Storage of the hidden states of a `BlockwisePass`.
 
     Attributes
     ----------

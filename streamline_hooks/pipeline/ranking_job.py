@@ -165,7 +165,7 @@ class RankingJob:
         model, config, sources = self._loaded, self.config, self.data.sources
         length = config.data.sequence_length
         require_positions(model, length)
-        sizes = split_sizes(config)
+        sizes: dict[str, Any] = split_sizes(config)
         if set(self.data.parts) == {"calibration"}:
             unused = smallest_part(sources.shares, length) if sources.shares else length
             sizes |= {"validation_tokens": unused, "test_tokens": unused}

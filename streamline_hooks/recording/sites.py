@@ -491,7 +491,7 @@ def _logits_module(stack: BlockStack, run: Callable[[], Any]) -> nn.Module:
 
 
 def _final_norm(stack: BlockStack, run: Callable[[], Any]) -> nn.Module:
-    """Return the module that receives the output of the last block and normalises it."""
+    """Return the module that receives the output of the last block and normalizes it."""
     last: list[Tensor] = []
     candidates: list[tuple[nn.Module, Tensor]] = []
     inside = {id(module) for block in stack.blocks for module in block.modules()} | {id(m) for m in stack.ancestors}
@@ -514,15 +514,15 @@ def _final_norm(stack: BlockStack, run: Callable[[], Any]) -> nn.Module:
                 hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         run()
     for module, state in candidates:
-        if all(parameter.ndim < 2 for parameter in module.parameters()) and _normalises(module, state):
+        if all(parameter.ndim < 2 for parameter in module.parameters()) and _normalizes(module, state):
             return module
     raise UnsupportedSurgery(
-        f"final_norm of {type(stack.model).__name__} cannot be read: no module normalises the output of its last block "
+        f"final_norm of {type(stack.model).__name__} cannot be read: no module normalizes the output of its last block "
         f"({stack.path}). Expected a model with a norm after its blocks. Use block.output of the last block."
     )
 
 
-def _normalises(module: nn.Module, state: Tensor) -> bool:
+def _normalizes(module: nn.Module, state: Tensor) -> bool:
     """Whether a module returns almost the same for a multiple of its input, and something else than its input."""
     state = state / state.float().square().mean().sqrt().clamp_min(1e-12).to(state)
     output, scaled = read_output(module(state)), read_output(module(state * _NORM_SCALE))

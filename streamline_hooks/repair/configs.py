@@ -155,7 +155,7 @@ class ReplacementConfig(Config):
         if must_be_solvable and isinstance(replacement_module, nn.Module) and not can_be_solved(replacement_module):
             raise StreamlineError(
                 f"{type(self).__name__} has is_solved=True, but its module {type(replacement_module).__name__} has "
-                "neither a method start_at(map) nor an attribute last_projection, so least squares cannot initialise "
+                "neither a method start_at(map) nor an attribute last_projection, so least squares cannot initialize "
                 "it. Add one of them, or set is_solved = False in the config, so that it must be trained."
             )
         return replacement_module
@@ -171,7 +171,7 @@ class ReplacementConfig(Config):
 
 
 def can_be_solved(module: nn.Module) -> bool:
-    """Whether a module has a method or attribute by which least squares initialises it."""
+    """Whether a module has a method or attribute by which least squares initializes it."""
     return hasattr(module, "start_at") or getattr(module, "last_projection", None) is not None
 
 

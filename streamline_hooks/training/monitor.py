@@ -51,7 +51,7 @@ from streamline_hooks.training.measurement import (
 
 @dataclass(frozen=True)
 class MonitorConfig(Config):
-    """What a `HiddenStateMonitor` measures.
+    """Quantities that a `HiddenStateMonitor` measures.
 
     Attributes
     ----------

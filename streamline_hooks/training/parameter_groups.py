@@ -107,10 +107,10 @@ def add_parameters(
             numbers = [order.get(present, -1) for present in group["params"] if present in order]
             is_ordered = all(first < second for first, second in pairwise(numbers))
             later = [k for k, p in enumerate(group["params"]) if order.get(p, -1) > order[parameter]]
-            place = later[0] if later and is_ordered else len(group["params"])
-            group["params"].insert(place, parameter)
+            position = later[0] if later and is_ordered else len(group["params"])
+            group["params"].insert(position, parameter)
             if "param_names" in group:
-                group["param_names"].insert(place, names[parameter])
+                group["param_names"].insert(position, names[parameter])
 
 
 def block_parameters(block: nn.Module) -> dict[str, nn.Parameter]:

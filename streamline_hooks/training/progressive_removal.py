@@ -363,7 +363,7 @@ class ProgressiveRemoval:
             if repair is None or self._insertion is None:
                 surgeon.remove(chosen)
             else:
-                peers = self._place(surgeon, chosen, repair.replacement_module)
+                peers = self._insert(surgeon, chosen, repair.replacement_module)
                 note |= {
                     "replacement": self._insertion.config.seeded(n).to_dict(),
                     "batches": self._insertion.digest,
@@ -385,10 +385,10 @@ class ProgressiveRemoval:
                 self._named += 1
         return removal
 
-    def _place(
+    def _insert(
         self, surgeon: LayerSurgeon, window: range, module: WindowReplacement
     ) -> Mapping[nn.Parameter, nn.Parameter]:
-        """Put a replacement into the model; return its parameters, each with a removed one whose group it joins."""
+        """Insert a replacement into the model; return its parameters, each with a removed one whose group it joins."""
         assert self.optimizer is not None
         if module is None:
             surgeon.remove(window)
@@ -454,7 +454,7 @@ class ProgressiveRemoval:
                     peers: Mapping[nn.Parameter, nn.Parameter] = {}
                 else:
                     module = self._insertion.unfitted(surgeon.stack, checked_window(present, len(surgeon.stack)))
-                    peers = self._place(surgeon, checked_window(present, len(surgeon.stack)), module)
+                    peers = self._insert(surgeon, checked_window(present, len(surgeon.stack)), module)
                 inserted |= set(peers)
                 self._refuse_new_parameters({*before, *inserted})
 
