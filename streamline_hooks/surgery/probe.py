@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.core import UnsupportedSurgery, device_of, takes_use_cache
+from streamline_hooks.core import UnsupportedSurgery, device_of, exclusive_global_state, takes_use_cache
 from streamline_hooks.modeling import BlockStack, evaluation_mode, is_capture_hook, preserve_forward_state
 from streamline_hooks.surgery.bypass import bypass
 from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
@@ -346,7 +346,13 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
     wrapped = None if original is None else vars(model).get("forward")
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     own_hooks: tuple[Callable[..., Any], ...] = (run_before, run_after)
-    with evaluation_mode(model), preserve_forward_state(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        exclusive_global_state(),
+        evaluation_mode(model),
+        preserve_forward_state(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
             if wrapped is not None:
                 model.forward = original
