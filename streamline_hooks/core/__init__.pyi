@@ -78,6 +78,7 @@ from .progress import get_logger, hide_progress, progress_bar
 from .registry import Registry, source_of
 from .resources import StepTimer, model_size, peak_memory, retry_with_fewer_rows
 from .tables import table
+from .threads import exclusive_global_state, exclusive_model, require_unused
 from .validation import (
     Bound,
     block_indices,
@@ -136,6 +137,8 @@ __all__ = [
     "describe_environment",
     "device_of",
     "distributed_step",
+    "exclusive_global_state",
+    "exclusive_model",
     "execution_device",
     "field_hints",
     "float64_device",
@@ -172,6 +175,7 @@ __all__ = [
     "register_config",
     "remove_offload_hooks",
     "renumber_device_map",
+    "require_unused",
     "require_weights",
     "retry_with_fewer_rows",
     "select_rows",

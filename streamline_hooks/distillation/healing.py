@@ -15,7 +15,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from streamline_hooks.core import Bound, Config, StreamlineError, describe_blocks, validate_arguments
+from streamline_hooks.core import (
+    Bound,
+    Config,
+    StreamlineError,
+    describe_blocks,
+    exclusive_global_state,
+    validate_arguments,
+)
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.modeling import BlockStack, Task, find_stacks
 from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, trainable_copy
@@ -162,7 +169,7 @@ def healing_copies(
             f"HealingConfig: where={healing.where!r} selects no block: the model has {len(stack)} blocks, and "
             f"{', '.join(map(describe_blocks, windows))} are removed. Choose another where or count."
         )
-    with torch.random.fork_rng(devices=[]):
+    with exclusive_global_state(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         copies = {
             k: with_adapters(stack[k], healing.rank, healing.alpha, healing.dropout, healing.targets)

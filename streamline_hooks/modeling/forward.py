@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.core import StreamlineError
+from streamline_hooks.core import StreamlineError, exclusive_model
 
 _INSTALLED = "_output_capturing_hooks_installed"
 
@@ -53,16 +53,18 @@ _NOT_RESTORED = frozenset(vars(nn.Module())) | {"forward"}
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Set all modules of the models to evaluation mode, and restore the mode of each module on exit.
 
-    ``model.eval()`` would also change blocks that a surgeon has removed, and their mode would not be restored.
+    ``model.eval()`` would also change blocks that a surgeon has removed, and their mode would not be restored. A model
+    that another thread runs in this context is refused.
     """
-    training = [module for model in models for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    with exclusive_model(*models):
+        training = [module for model in models for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @contextmanager

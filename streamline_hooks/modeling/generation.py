@@ -13,7 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import Bound, Config, StreamlineError, device_of, max_positions, to_float64
+from streamline_hooks.core import (
+    Bound,
+    Config,
+    StreamlineError,
+    device_of,
+    exclusive_global_state,
+    max_positions,
+    to_float64,
+)
 from streamline_hooks.modeling.forward import forward_parameters, inference, logits_to_keep, preserve_forward_state
 
 _LOGITS = {"output_logits": True, "return_dict_in_generate": True}
@@ -312,7 +320,7 @@ def seeded_sampling(device: torch.device, *parts: object) -> Iterator[None]:
     """Seed the random generators from `parts`, and restore their states on exit."""
     seed = int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7])
     cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
+    with exclusive_global_state(), torch.random.fork_rng(devices=[device] if cuda else []):
         seed_device(device, seed)
         yield
 

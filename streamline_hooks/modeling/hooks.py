@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -62,18 +63,34 @@ def in_backward() -> bool:
 
 
 class OutermostCall:
-    """Distinguish the call of the outermost module from the calls inside it."""
+    """Distinguish the call of the outermost module from the calls inside it, and refuse overlapping threads."""
 
     def __init__(self) -> None:
         self._running: nn.Module | None = None
+        self._thread = 0  # of the running call, or the only one that may call the model
+        self._is_reserved = False
 
     def hooks(self, modules: Iterable[nn.Module]) -> list[RemovableHandle]:
         """Register hooks that call `end` after each call of the modules, and return their handles."""
-        self._running = None
+        self._running, self._is_reserved = None, False
         return [m.register_forward_hook(ReadHook(m, partial(self.end, m)), always_call=True) for m in modules]
 
+    def reserve(self) -> None:
+        """Refuse calls of other threads from now on, also between the calls of this thread."""
+        self._thread, self._is_reserved = threading.get_ident(), True
+
     def begins(self, module: nn.Module) -> bool:
-        """Whether the call of a module that begins now is the outermost."""
+        """Whether the call of a module that begins now is the outermost; raises if another thread calls the model."""
+        if not torch.compiler.is_compiling():
+            thread = threading.get_ident()
+            if thread != self._thread and (self._is_reserved or self._running is not None):
+                raise StreamlineError(
+                    f"{type(module).__name__} was called by a thread while another thread records its hidden states, "
+                    "so that the states would be mixed. Expected one thread per model at a time. Wait for the other "
+                    "thread, for example with a threading.Lock, or give each thread its own model: "
+                    "copy.deepcopy(model)."
+                )
+            self._thread = thread
         if self._running not in (None, module):  # for the same module, its earlier call was interrupted
             return False
         self._running = module
@@ -81,6 +98,8 @@ class OutermostCall:
 
     def end(self, module: nn.Module, *values: object) -> None:
         """Record the end of a module's call."""
+        if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
+            return  # the call was refused
         if self._running is module:
             self._running = None
 

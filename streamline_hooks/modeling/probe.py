@@ -21,6 +21,7 @@ from streamline_hooks.core import (
     StreamlineError,
     UnsupportedSurgery,
     device_of,
+    exclusive_global_state,
     prepare_inputs,
     takes_use_cache,
     weights_in_memory,
@@ -215,7 +216,13 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
     original: Any = vars(model).get("_original_forward")
     wrapped = None if original is None else vars(model).get("forward")
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    with evaluation_mode(model), preserve_forward_state(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with (
+        exclusive_global_state(),
+        evaluation_mode(model),
+        preserve_forward_state(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
             if wrapped is not None:
                 model.forward = original

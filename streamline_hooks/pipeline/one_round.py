@@ -23,6 +23,7 @@ from streamline_hooks.core import (
     batches_digest,
     count_tokens,
     current_processes,
+    exclusive_global_state,
     get_logger,
     model_size,
     peak_memory,
@@ -385,7 +386,7 @@ def _save(
     **options: Any,
 ) -> Path:
     """Save the model, and remove the default training checkpoint of a finished training run."""
-    with warnings.catch_warnings():
+    with exclusive_global_state(), warnings.catch_warnings():
         # The warning assumes files of 50 GB.
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         report = result.report()

@@ -1,5 +1,6 @@
-"""Record and change the activations of a model while it runs."""
+"""Record and change the activations of a model while it runs, and store them in a folder."""
 
+from streamline_hooks.recording.activation_store import ActivationStore
 from streamline_hooks.recording.intervention import (
     Add,
     Edit,
@@ -18,6 +19,7 @@ from streamline_hooks.recording.sites import BLOCK_SITES, MODEL_SITES, BlockSite
 __all__ = [
     "BLOCK_SITES",
     "MODEL_SITES",
+    "ActivationStore",
     "Add",
     "BlockSite",
     "Edit",

@@ -371,6 +371,7 @@ class HiddenStateRecorder:
         with inference(self.model), self, bar or nullcontext():
             for number, batch in enumerate(batches):
                 self.clear()
+                self._call.reserve()
                 with WatchedMask(self.stack) as watched:
                     output = self(**prepare_inputs(self.model, batch))
                 if watched.mask is not None:

@@ -20,6 +20,7 @@ from streamline_hooks.core import (
     Registry,
     StreamlineError,
     UnsupportedSurgery,
+    exclusive_global_state,
     register_config,
 )
 from streamline_hooks.modeling import BlockStack, Branches, StateSource
@@ -141,7 +142,7 @@ class ReplacementConfig(Config):
         StreamlineError
             If the options do not suit the model or the window, or `slots` or `is_solved` does not suit the module.
         """
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with exclusive_global_state(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(self.seed or 0)
             replacement_module = self.prepare(stack, window, probe)
         slots = len(blocks_of(stack, replacement_module))

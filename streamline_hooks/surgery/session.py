@@ -5,6 +5,7 @@ Every operation restores the original model and then changes it to the new layou
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from streamline_hooks.core import StreamlineError, refuse_compiled, refuse_wrapped
+from streamline_hooks.core import StreamlineError, refuse_compiled, refuse_wrapped, require_unused
 from streamline_hooks.modeling import BlockStack, Branch, find_stack
 from streamline_hooks.surgery import commit
 from streamline_hooks.surgery.config_copies import ConfigCopies
@@ -51,6 +52,14 @@ class Session:
         if isinstance(stack, BlockStack) and self.stack.container is not stack.container:
             raise StreamlineError(
                 f"The stack {stack.path!r} belongs to another model. Pass a stack of this model, or its path."
+            )
+        require_unused(model)
+        self._thread = threading.get_ident()
+        if any(session._thread != self._thread for session in _open.get(self.stack.container, [])):
+            raise StreamlineError(
+                f"A LayerSurgeon of another thread is open on {self.stack.path} of this {type(model).__name__}. "
+                "Expected one thread per model at a time. Close the other surgeon first, or give each thread its own "
+                "model: copy.deepcopy(model)."
             )
         self.layout = StackLayout(list(self.stack.blocks))
         self.branch_swaps: BranchSwaps = {}
@@ -162,6 +171,7 @@ class Session:
 
     def apply(self, layout: StackLayout, branch_swaps: BranchSwaps) -> None:
         """Change the model to a layout and to other output projections. If that fails, restore the previous state."""
+        require_unused(self.model)
         if not layout.arrange()[0]:
             raise StreamlineError(
                 f"This would remove all {len(self.stack)} blocks of {self.stack.path}. Leave at least one block."

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ _WITH_DIGEST = 3
 _MARK = "has_guard_axis"
 _QUANTIZATION, _REQUIRES = "quantization_config", "requires"
 _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
+_class_lock = threading.RLock()  # without it, two threads may create two classes of the same model
 
 
 class StreamlinedConfig(PretrainedConfig):
@@ -247,16 +249,26 @@ def _digest(description: dict[str, Any], base_type: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@functools.cache
 def streamlined_config_class(base: Any) -> Any:
     """Return the configuration class of an architecture with splices."""
+    with _class_lock:
+        return _config_class(base)
+
+
+@functools.cache
+def _config_class(base: Any) -> Any:
     members = {"__module__": __name__, "__doc__": _ConfigWithSplices.__doc__, "model_type": base.model_type}
     return type(f"{_PREFIX}{base.__name__}", (_ConfigWithSplices, base), members)
 
 
-@functools.cache  # by both arguments, since several configuration classes can share a model class
 def streamlined_model_class(base: Any, config_base: Any) -> Any:
     """Return the model class of an architecture with splices."""
+    with _class_lock:
+        return _model_class(base, config_base)
+
+
+@functools.cache  # by both arguments, since several configuration classes can share a model class
+def _model_class(base: Any, config_base: Any) -> Any:
     members = {
         "__module__": __name__,
         "__doc__": _ModelWithSplices.__doc__,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, padding_mask, prepare_inputs
+from streamline_hooks.core import Batch, StreamlineError, exclusive_global_state, padding_mask, prepare_inputs
 from streamline_hooks.modeling import inference, padded, read_output, seeded_sampling
 from streamline_hooks.testing.tiny_models import tiny_inputs
 
@@ -189,8 +189,8 @@ def reproducible_eval(model: nn.Module, *, restore: bool = True) -> Iterator[Non
     With `restore`, attributes that forward passes change are restored as well. PyTorch's encoders do not use their
     fused implementation if a block has a hook, so it is disabled to compare equal sums.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with inference(model, restore=restore), torch.random.fork_rng(devices=[]):
+    with exclusive_global_state(), inference(model, restore=restore), torch.random.fork_rng(devices=[]):
+        fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from streamline_hooks.core import StreamlineError
+from streamline_hooks.core import StreamlineError, exclusive_global_state
 from streamline_hooks.testing.tiny_configs import (
     CONFIG_RULES,
     REQUIRED_ARGUMENTS,
@@ -100,7 +100,7 @@ def tiny_config(
             f"least 1, width a multiple of {_WIDTH_STEP}, and vocabulary of at least {_LEAST_VOCABULARY}. Change the "
             "size."
         )
-    with _without_warnings():
+    with exclusive_global_state(), _without_warnings():
         try:
             required = deepcopy(REQUIRED_ARGUMENTS.get(model_type, {}))  # some classes modify it
             default = CONFIG_MAPPING[model_type](**required)
@@ -156,7 +156,7 @@ def tiny_model(
     (3, torch.Size([2, 12, 64]))
     """
     config = tiny_config(model_type, blocks=blocks, width=width, vocabulary=vocabulary, **overrides)
-    with _without_warnings(), _seeded(seed), torch.device("cpu"):
+    with exclusive_global_state(), _without_warnings(), _seeded(seed), torch.device("cpu"):
         try:
             model = _from_config(config, dtype)
         except Exception as error:
