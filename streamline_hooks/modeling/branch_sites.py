@@ -295,7 +295,7 @@ class _SiteSearch:
             if node is None or node in done:
                 continue
             done.add(node)
-            sizes = getattr(node, "_saved_self_sym_sizes", ())
+            sizes: tuple[int, ...] = getattr(node, "_saved_self_sym_sizes", ())
             if len(sizes) >= 3 and sizes[-2] * sizes[-1] == width != sizes[-1]:
                 return int(sizes[-2]), int(sizes[-1])
             if node.name().startswith(_PASSED):

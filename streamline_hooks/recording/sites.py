@@ -494,12 +494,14 @@ def _final_norm(stack: BlockStack, run: Callable[[], Any]) -> nn.Module:
     """Return the module that receives the output of the last block and normalizes it."""
     last: list[Tensor] = []
     candidates: list[tuple[nn.Module, Tensor]] = []
+    called: dict[int, int] = {}
     inside = {id(module) for block in stack.blocks for module in block.modules()} | {id(m) for m in stack.ancestors}
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         last[:] = [read_output(output).clone()]
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        called[id(module)] = called.get(id(module), 0) + 1
         try:
             state = read_input(args, kwargs)
         except StreamlineError:
@@ -514,11 +516,15 @@ def _final_norm(stack: BlockStack, run: Callable[[], Any]) -> nn.Module:
                 hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         run()
     for module, state in candidates:
-        if all(parameter.ndim < 2 for parameter in module.parameters()) and _normalizes(module, state):
+        if (
+            called[id(module)] == 1
+            and all(parameter.ndim < 2 for parameter in module.parameters())
+            and _normalizes(module, state)
+        ):
             return module
     raise UnsupportedSurgery(
-        f"final_norm of {type(stack.model).__name__} cannot be read: no module normalizes the output of its last block "
-        f"({stack.path}). Expected a model with a norm after its blocks. Use block.output of the last block."
+        f"final_norm of {type(stack.model).__name__} cannot be read: no module only normalizes the output of its last "
+        f"block ({stack.path}). Expected a model with a norm after its blocks. Use block.output of the last block."
     )
 
 

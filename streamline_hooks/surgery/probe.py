@@ -25,11 +25,16 @@ from streamline_hooks.modeling import (
     choose_probe_inputs,
     isolated_inference,
     logits_of_output,
+    part_of_model,
     probe_logits,
     run_probe,
 )
 from streamline_hooks.surgery.bypass import bypass
-from streamline_hooks.surgery.splice import AFTER, spliced
+from streamline_hooks.surgery.splice import AFTER, run_after, run_before, spliced
+
+# Not marked in splice.py, which is copied into checkpoints and imports nothing else of the library.
+for _hook in (run_before, run_after):
+    part_of_model(_hook)
 
 CACHE_MISMATCH = "decoding with a cache no longer equals the full forward"
 _STEPS = 2

@@ -18,7 +18,6 @@ from streamline_hooks.core import StreamlineError
 from streamline_hooks.modeling import (
     nested_like,
     padded,
-    part_of_model,
     read_input,
     read_output,
     write_input,
@@ -30,7 +29,6 @@ BEFORE: SplicePosition = "spliced_before"
 AFTER: SplicePosition = "spliced_after"
 
 
-@part_of_model
 def run_before(
     block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -39,7 +37,6 @@ def run_before(
     return write_input(args, kwargs, state, block)
 
 
-@part_of_model
 def run_after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Run the splices after a block on its output, as a forward hook."""
     return write_output(output, run_splices(block, AFTER, read_output(output)))

@@ -2,56 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, UnsupportedSurgery
-from streamline_hooks.modeling import find_stack
-from streamline_hooks.recording import Intervention, Scale
+from streamline_hooks import HiddenStateRecorder, UnsupportedSurgery, find_stack
+from streamline_hooks.core import prepare_inputs
+from streamline_hooks.recording import MODEL_SITES, Intervention, Scale
 from streamline_hooks.testing import tiny_inputs
 
-BRANCH_SITES = ("attention.input", "attention.output", "mlp.input", "mlp.output")
-SITES = (*BRANCH_SITES, "attention.heads", "embeddings", "final_norm", "logits")
+CONTRIBUTIONS = ("attention.output", "mlp.output")
+SITES = (*CONTRIBUTIONS, "attention.input", "mlp.input", "attention.heads", *MODEL_SITES)
 TOLERANCE = 1e-5
 
 
-def examine_sites(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """Return, for each of `SITES`, "ok", "refused" or "WRONG", and the reasons of the refusals.
+def examine_sites(model: nn.Module) -> dict[str, str]:
+    """Return, for each of `SITES`, "ok", the reason of its refusal, or "WRONG" with the failed check.
 
-    A site of a block is ok if all blocks have it. The contributions must sum to the output of each block, and an
-    intervention that scales the site by one must not change the logits.
+    A site of a block is ok if all blocks have it.
     """
-    batch = tiny_inputs(model, tokens=12)
-    results, reasons = dict[str, str](), dict[str, str]()
-    for site in SITES:
-        try:
-            results[site] = "ok" if is_faithful(model, site, batch) else "WRONG"
-        except UnsupportedSurgery as error:
-            results[site], reasons[site] = "refused", str(error)
-        except Exception as error:
-            results[site], reasons[site] = "WRONG", f"{type(error).__name__}: {error}"[:200]
-    return results, reasons
+    inputs = prepare_inputs(model, tiny_inputs(model, tokens=12))
+    if fault_of(model, SITES, inputs) == "":
+        return dict.fromkeys(SITES, "ok")
+    return {site: fault_of(model, (site,), inputs) or "ok" for site in SITES}
 
 
 @torch.no_grad()
-def is_faithful(model: nn.Module, site: str, batch: dict[str, torch.Tensor]) -> bool:
-    """Whether a site is recorded in each forward pass, sums to the output, and can be scaled by one."""
-    is_contribution = site in ("attention.output", "mlp.output")
-    sums = ["block.input", "attention.output", "mlp.output", "block.output"] if is_contribution else []
-    with HiddenStateRecorder(model, sites=[site, *sums]) as record:
-        expected = model(**batch)[0]
-    visits = [record[site]] if site in ("embeddings", "final_norm", "logits") else list(record[site].values())  # type: ignore[call-overload]
-    if not all(len(states) == 1 and torch.isfinite(states[0]).all() for states in visits):
-        return False
-    for k in record.blocks if sums else ():
-        before, attention, mlp, after = (record[name][k][0] for name in sums)  # type: ignore[call-overload]
-        if float((before + attention + mlp - after).abs().max()) > TOLERANCE * float(after.abs().max()):
-            return False
-    keys = (
-        [site] if site in ("embeddings", "final_norm", "logits") else [(site, k) for k in range(len(find_stack(model)))]
-    )
+def fault_of(model: nn.Module, sites: tuple[str, ...], inputs: dict[str, Any]) -> str:
+    """Return why the sites cannot be read, or the check that fails, or an empty string.
+
+    Each site is recorded once in each forward pass. The contributions sum to the output of each block. An intervention
+    that scales the sites by one does not change the logits.
+    """
+    names = ["block.input", *CONTRIBUTIONS, "block.output"] if set(CONTRIBUTIONS) & set(sites) else []
     try:
-        with Intervention(model, dict.fromkeys(keys, Scale(1.0))):
-            return torch.equal(model(**batch)[0], expected)
-    except UnsupportedSurgery:  # a contribution that is only read; the row is about reading
-        return True
+        with HiddenStateRecorder(model, sites=[*sites, *names]) as record:
+            expected = model(**inputs)[0]
+        edits = {
+            key: Scale(1.0)
+            for site in sites
+            for key in ([site] if site in MODEL_SITES else [(site, k) for k in range(len(find_stack(model)))])
+        }
+        with Intervention(model, edits):
+            changed = model(**inputs)[0]
+    except UnsupportedSurgery as error:
+        return str(error)
+    except Exception as error:
+        return f"WRONG: {type(error).__name__}: {error}"[:200]
+    states = cast("Any", record)
+    visits = [v for s in sites for v in ([states[s]] if s in MODEL_SITES else states[s].values())]
+    if not all(len(calls) == 1 and bool(torch.isfinite(calls[0]).all()) for calls in visits):
+        return "WRONG: not recorded once"
+    for k in record.blocks if names else ():
+        before, attention, mlp, after = (states[name][k][0] for name in names)
+        if float((before + attention + mlp - after).abs().max()) > TOLERANCE * float(after.abs().max()):
+            return f"WRONG: the contributions of block {k} do not sum to its output"
+    return "" if torch.equal(changed, expected) else "WRONG: scaled by one, the logits change"

@@ -220,5 +220,8 @@ def test_sites_that_a_model_lacks_are_refused() -> None:
         with pytest.raises(UnsupportedSurgery, match=f"{site} of block 0 cannot be read: .*Expected"):
             HiddenStateRecorder(model, [0], sites=[site]).__enter__()
         assert before == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    if "nanochat" in causal_model_types():  # its norm is also applied to the embeddings
+        with pytest.raises(UnsupportedSurgery, match="final_norm of NanoChatForCausalLM cannot be read"):
+            HiddenStateRecorder(tiny_of_type("nanochat", blocks=2), sites=["final_norm"]).__enter__()
     with pytest.raises(StreamlineError, match="site='mlp.output' is not recorded. Expected one of block.input"):
         HiddenStateRecorder(tiny_model("llama"))["mlp.output"]
