@@ -36,14 +36,14 @@ from streamline_hooks.core import (
     write_json,
 )
 from streamline_hooks.modeling import BlockStack
-from streamline_hooks.recording.recorder import HiddenStateRecorder, RecordedBatch
+from streamline_hooks.recording.recorder import HiddenStateRecorder, RecordedBatch, RecordingConfig
+from streamline_hooks.recording.sites import BLOCK_SITES
 from streamline_hooks.recording.token_columns import TOKEN_COLUMNS, token_columns_of
 
 logger = get_logger(__name__)
 
 _INDEX, _FORMAT = "index.json", 1
 _CONTENT = "a shard of an ActivationStore"
-_SITES = ("block.input", "block.output")
 _UNFINISHED_INDEX = re.compile(rf"\.{re.escape(_INDEX)}\..*\.writing")  # left by a process that was killed
 
 
@@ -177,7 +177,8 @@ class ActivationStore:
         blocks : iterable of int, optional
             Blocks to record; negative indices count from the end. Default: all.
         sites : sequence of str
-            "block.input", "block.output" (default) or both.
+            Sites of the blocks, see `HiddenStateRecorder`. The heads of "attention.heads" are concatenated along the
+            features. Default: "block.output".
         dtype : torch.dtype, optional
             Dtype of the stored states. Default: unchanged.
         document_ids : sequence of torch.Tensor, optional
@@ -213,12 +214,10 @@ class ActivationStore:
         recorder = HiddenStateRecorder(
             model,
             blocks,
-            inputs="block.input" in sites,
-            outputs="block.output" in sites,
-            device="cpu",
-            dtype=dtype,
+            sites=sites,
             stop=True,
             stack=stack,
+            config=RecordingConfig(device="cpu", dtype=dtype),
         )
         token_columns = token_columns_of(recorder.stack, batches, document_ids)
         run = {
@@ -598,18 +597,22 @@ class ActivationStore:
 def _states(batch: RecordedBatch, sites: Sequence[str]) -> dict[str, Tensor]:
     """Return the recorded states of a batch by column, (batch, tokens, features)."""
     read = {"block.input": batch.entering, "block.output": batch.leaving}
-    return {f"{site}.{k}": read[site](k) for site in sites for k in batch.record.blocks}
+    return {
+        f"{site}.{k}": read[site](k) if site in read else batch.record[site][k][0].flatten(2)
+        for site in sites
+        for k in batch.record.blocks
+    }
 
 
 def _require_sites(sites: Sequence[str]) -> None:
     for site in sites:
-        if site not in _SITES:
+        if site not in BLOCK_SITES:
             raise StreamlineError(
-                f"sites: {site!r} is unknown. Expected one of {', '.join(_SITES)}. "
-                f"{suggest(site, _SITES, 'Store states of other sites with append().')}"
+                f"sites: {site!r} is unknown. Expected one of {', '.join(BLOCK_SITES)}. "
+                f"{suggest(site, BLOCK_SITES, 'Store other states with append().')}"
             )
     if not sites:
-        raise StreamlineError(f"sites is empty. Expected at least one of {', '.join(_SITES)}. Name a site.")
+        raise StreamlineError(f"sites is empty. Expected at least one of {', '.join(BLOCK_SITES)}. Name a site.")
 
 
 def _select(values: Tensor, mask: Tensor) -> Tensor:

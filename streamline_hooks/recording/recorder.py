@@ -383,7 +383,7 @@ class HiddenStateRecorder:
                     bar.update(count_tokens(batch))
 
     def _one_visit(self) -> Tensor:
-        """Return a recorded state; raise unless the forward pass called each recorded block once."""
+        """Return a recorded state, (batch, tokens, features); raise unless the forward pass called each recorded block once."""
         visited = [(k, visits) for by_block in self._by_block.values() for k, visits in by_block.items()]
         for k, visits in visited:
             if len(visits) != 1:
@@ -393,17 +393,18 @@ class HiddenStateRecorder:
                     "records every call."
                 )
         k, (state,) = visited[0]
-        return by_token(state, self.stack[k])
+        return by_token(state, self.stack[k]).flatten(2)  # heads are concatenated
 
     def _require_finite(self, real: Tensor, number: int) -> None:
         """Raise for the first state of the forward pass that is not finite at a real token."""
         seen: set[int] = set()  # the output of a block is usually the same tensor as the input of the next
         for k in self.blocks:
-            for kind, by_block in (("enters", self.inputs), ("leaves", self.outputs)):
+            for site, by_block in self._by_block.items():
+                text = {"block.input": "enters", "block.output": "leaves"}.get(site, f"is the {site} of")
                 for state in by_block.get(k, ()):
                     if id(state) not in seen:
                         seen.add(id(state))
-                        require_finite(by_token(state, self.stack[k]), real, f"{kind} block {k}", number)
+                        require_finite(by_token(state, self.stack[k]), real, f"{text} block {k}", number)
 
     def _lists(self) -> Iterator[list[Tensor]]:
         for by_block in self._by_block.values():
