@@ -383,7 +383,7 @@ class HiddenStateRecorder:
                     bar.update(count_tokens(batch))
 
     def _one_visit(self) -> Tensor:
-        """Return a recorded state, (batch, tokens, features); raise unless the forward pass called each recorded block once."""
+        """Return a recorded (batch, tokens, features) state; raise unless the pass called each recorded block once."""
         visited = [(k, visits) for by_block in self._by_block.values() for k, visits in by_block.items()]
         for k, visits in visited:
             if len(visits) != 1:
