@@ -116,7 +116,7 @@ class Add(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Scale(Edit):
-    """Multiply by a number, or by a tensor that fits like that of `Replace`: (heads, 1) is one factor per head."""
+    """Multiply by a number or a fitting tensor, such as (heads, 1) with one factor per head; see `Replace`."""
 
     factor: float | Tensor
 

@@ -13,7 +13,7 @@ SUBSET = ("dbrx", "falcon_h1", "jamba", "nemotron", "phi3", "qwen3_next", "stabl
 def examined(model_type: str) -> dict[str, str]:
     if model_type not in causal_model_types():
         pytest.skip(f"this Transformers has no {model_type}")
-    results = examine_sites(tiny_model(model_type, blocks=2))
+    results = examine_sites(tiny_model(model_type, blocks=3))
     assert not {site: result for site, result in results.items() if result.startswith("WRONG")}
     return results
 
