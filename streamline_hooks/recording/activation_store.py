@@ -37,7 +37,7 @@ from streamline_hooks.core import (
 )
 from streamline_hooks.modeling import BlockStack
 from streamline_hooks.recording.recorder import HiddenStateRecorder, RecordedBatch, RecordingConfig
-from streamline_hooks.recording.sites import BLOCK_SITES
+from streamline_hooks.recording.sites import BLOCK_SITES, BlockSite
 from streamline_hooks.recording.token_columns import TOKEN_COLUMNS, token_columns_of
 
 logger = get_logger(__name__)
@@ -158,7 +158,7 @@ class ActivationStore:
         batches: Iterable[Batch | Tensor],
         *,
         blocks: Iterable[int] | None = None,
-        sites: Sequence[str] = ("block.output",),
+        sites: Sequence[BlockSite] = ("block.output",),
         dtype: torch.dtype | None = None,
         document_ids: Sequence[Tensor] | None = None,
         stack: str | None = None,
@@ -245,7 +245,7 @@ class ActivationStore:
     def _record(
         self,
         recorder: HiddenStateRecorder,
-        sites: Sequence[str],
+        sites: Sequence[BlockSite],
         batches: list[Batch | Tensor],
         token_columns: list[dict[str, Tensor]],
     ) -> None:
@@ -594,7 +594,7 @@ class ActivationStore:
         return [(self.folder / shard["file"], number) for number, shard in enumerate(self._shards)]
 
 
-def _states(batch: RecordedBatch, sites: Sequence[str]) -> dict[str, Tensor]:
+def _states(batch: RecordedBatch, sites: Sequence[BlockSite]) -> dict[str, Tensor]:
     """Return the recorded states of a batch by column, (batch, tokens, features)."""
     read = {"block.input": batch.entering, "block.output": batch.leaving}
     return {

@@ -64,6 +64,13 @@ class EditCall:
         Number of the forward pass since the intervention was opened, from 0.
     feature_axes : int
         Number of axes after (batch, tokens): 2 for heads, otherwise 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> call = EditCall("mlp.output of block 3", torch.ones(1, 2, dtype=torch.bool), number=0, feature_axes=1)
+    >>> Scale(2.0).change(torch.ones(1, 2, 3), call).sum().item()
+    12.0
     """
 
     name: str
@@ -105,7 +112,25 @@ class Replace(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Add(Edit):
-    """Add a value, such as a steering vector, times a factor; see `Replace` for its shape."""
+    """Add a value, such as a steering vector, times a factor.
+
+    Attributes
+    ----------
+    value : torch.Tensor
+        A value of the shapes that `Replace` accepts.
+    factor : float
+        Factor of the value. 1.0 by default.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5]])
+    >>> with torch.no_grad(), Intervention(model, {("block.output", 2): Add(torch.ones(32), 4.0)}):
+    ...     steered = model(ids).logits
+    >>> torch.equal(steered, model(ids).logits)
+    False
+    """
 
     value: Tensor
     factor: float = 1.0
@@ -159,6 +184,18 @@ class Resample(Edit):
     seed : int
         The draw depends on the seed, the forward pass and the number of states, and not on the padding. Sites with the
         same seed draw the same tokens.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5]])
+    >>> edits = {("mlp.output", 2): Resample(torch.zeros(4, 32), seed=1)}
+    >>> with torch.no_grad(), Intervention(model, edits):
+    ...     resampled = model(ids).logits
+    >>> with torch.no_grad(), Intervention(model, {("mlp.output", 2): Zero()}):
+    ...     torch.equal(model(ids).logits, resampled)
+    True
     """
 
     states: Tensor | None = None
@@ -456,7 +493,8 @@ class _Passes:
         if isinstance(mask, Tensor) and mask.ndim == 2:
             mask = mask[:, -state.shape[1] :]
             if mask.shape == state.shape[:2]:
-                return mask.to(state.device).bool()
+                real: Tensor = mask.to(state.device).bool()
+                return real
         if required:
             raise StreamlineError(
                 f"The tokens at {name} cannot be selected: the mask of the model's call does not have the shape "
@@ -482,7 +520,7 @@ def _cached_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 def _numbered(real: Tensor, numbers: Sequence[int], name: str) -> Tensor:
     """Return the mask of the real tokens with these numbers in each sequence, (batch, tokens)."""
     counts = real.sum(dim=1, keepdim=True)
-    places = real.cumsum(dim=1) - 1
+    positions = real.cumsum(dim=1) - 1
     selected = torch.zeros_like(real)
     for number in numbers:
         wanted = counts + number if number < 0 else torch.full_like(counts, number)
@@ -491,7 +529,7 @@ def _numbered(real: Tensor, numbers: Sequence[int], name: str) -> Tensor:
                 f"Token {number} does not exist in every sequence at {name}: the shortest has {int(counts.min())} real "
                 "tokens. Expected numbers of real tokens. Pass a mask to change other tokens in each sequence."
             )
-        selected |= real & (places == wanted)
+        selected |= real & (positions == wanted)
     return selected
 
 

@@ -108,6 +108,17 @@ class RecordingConfig:
     ------
     StreamlineError
         If `retain_grad` is combined with `detach`, `device` or `dtype`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> config = RecordingConfig(dtype=torch.bfloat16)
+    >>> model = tiny_model("llama")
+    >>> with torch.no_grad(), HiddenStateRecorder(model, [1], config=config) as record:
+    ...     _ = model(torch.tensor([[3, 4, 5]]))
+    >>> record.outputs[1][0].dtype
+    torch.bfloat16
     """
 
     device: torch.device | str | None = None
