@@ -158,7 +158,7 @@ class ActivationStore:
         batches: Iterable[Batch | Tensor],
         *,
         blocks: Iterable[int] | None = None,
-        sites: Sequence[BlockSite] = ("block.output",),
+        sites: Sequence[str] = ("block.output",),
         dtype: torch.dtype | None = None,
         document_ids: Sequence[Tensor] | None = None,
         stack: str | None = None,
@@ -209,12 +209,11 @@ class ActivationStore:
         [torch.Size([30, 32]), torch.Size([20, 32])]
         """
         batches = list(batches)
-        _require_sites(sites)
-        sites = sorted({*sites})
+        block_sites = _checked_sites(sites)
         recorder = HiddenStateRecorder(
             model,
             blocks,
-            sites=sites,
+            sites=block_sites,
             stop=True,
             stack=stack,
             config=RecordingConfig(device="cpu", dtype=dtype),
@@ -226,7 +225,7 @@ class ActivationStore:
             "autocast": autocast_dtype(model),
             "stack": recorder.stack.path,
             "blocks": list(recorder.blocks),
-            "sites": sites,
+            "sites": block_sites,
             "dtype": _dtype_name(dtype),
             "data": batches_digest([batches, document_ids]),
         }
@@ -235,7 +234,7 @@ class ActivationStore:
             if self.complete:
                 logger.info(f"{self.folder} already contains all {len(batches)} batches.")
             else:
-                self._record(recorder, sites, batches, token_columns)
+                self._record(recorder, block_sites, batches, token_columns)
         except BaseException:
             self._end(complete=False)
             raise
@@ -604,7 +603,8 @@ def _states(batch: RecordedBatch, sites: Sequence[BlockSite]) -> dict[str, Tenso
     }
 
 
-def _require_sites(sites: Sequence[str]) -> None:
+def _checked_sites(sites: Sequence[str]) -> list[BlockSite]:
+    """Return the sites in alphabetical order; raise if one is unknown."""
     for site in sites:
         if site not in BLOCK_SITES:
             raise StreamlineError(
@@ -613,6 +613,7 @@ def _require_sites(sites: Sequence[str]) -> None:
             )
     if not sites:
         raise StreamlineError(f"sites is empty. Expected at least one of {', '.join(BLOCK_SITES)}. Name a site.")
+    return sorted({site for site in BLOCK_SITES if site in sites})
 
 
 def _select(values: Tensor, mask: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def test_blocks_that_cannot_go_are_named() -> None:
     model.model.layers[3].mlp = model.model.layers[1].mlp
     before = fingerprint(model)
     wanting = Criterion("third", lambda profile, window: float(window.start == 3), "profile")
-    with pytest.raises(UnsupportedSurgery, match=r"blocks 3.*3.*protect="):
+    with pytest.raises(UnsupportedSurgery, match=r"block 3.*3.*protect="):
         greedy(model, BATCHES, wanting, 2)
     assert fingerprint(model) == before
     assert greedy(model, BATCHES, wanting, 2, protect=[1, 3])[0].blocks == {0, 4}  # which is third then
