@@ -117,6 +117,7 @@ class ActivationStore:
         self._metadata = _json_values(metadata or {})
         self._index = _read_index(self.folder)
         self._is_open = False
+        self._replaceable = ""  # name of a half-written shard, which may be replaced
         self._rows: dict[str, list[Tensor]] = {}
         self._buffered_bytes = self._buffered_batches = 0
 
@@ -395,8 +396,6 @@ class ActivationStore:
             logger.warning("%s is missing or incomplete and will be written again.", self.folder / shard["file"])
             self._index = {**self._index, "complete": False, "shards": self._shards[:-1]}
             self._replaceable = shard["file"]
-
-    _replaceable = ""  # name of the half-written shard, which may be replaced
 
     def _end(self, *, complete: bool) -> None:
         """Close the store. Without `complete`, the buffered rows are dropped, to be computed again."""

@@ -27,7 +27,8 @@ def token_columns_of(
             f"document_ids has {len(document_ids)} tensors for {len(batches)} batches. Expected one per batch. Pass a "
             "list of the same length."
         )
-    result, first_document = [], 0
+    result: list[dict[str, Tensor]] = []
+    first_document = 0
     for number, batch in enumerate(batches):
         ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
