@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from streamline_hooks.core import (
@@ -120,7 +120,7 @@ class ProgressiveRemoval:
         seed gets the number of the step as its seed. Default: plain removal.
     fit, held_out : sequence of mapping or torch.Tensor, optional
         Batches to fit the replacements on, and batches of other documents to choose the ridge on; required with
-        `replacement`. In a distributed run, those of this rank.
+        `replacement`.
 
     Raises
     ------
@@ -131,7 +131,7 @@ class ProgressiveRemoval:
     UnsupportedSurgery
         If a range of the schedule cannot be removed, replaced or committed. All ranges are tried when the object is
         created. With `replacement`: if a parameter of a window is not in the optimizer, the kind changes weights of
-        blocks that stay (folded, scale), or it has frozen weights (silenced).
+        blocks that stay (folded, scale), it has frozen weights (silenced), or the run is distributed.
 
     Notes
     -----
@@ -534,6 +534,13 @@ def _insertion(
             f"replacement={config!r} cannot be used during training: it changes weights of blocks that stay, to which "
             "the optimizer's state would not belong any more. Choose another kind, such as LinearConfig().",
             "replacement",
+        )
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UnsupportedSurgery(
+            f"replacement={config!r} was given in a run of {distributed.get_world_size()} ranks. Expected one rank, "
+            "because the same replacement must start on every rank. Train on one device, or remove without a "
+            "replacement.",
+            "distributed",
         )
     return _Insertion(config, fit, held_out, batches_digest([*fit, *held_out]))
 

@@ -500,20 +500,6 @@ TWO_PROCESSES = """
     steps = sorted({int(state["step"]) for state in optimizer.state.values()})
     said |= {"blocks": len(model.model.layers), "equal": torch.equal(*both), "steps": steps}
 
-    from streamline_hooks import LinearConfig
-    batches = [tokens(4, 9, seed=100 * rank + seed) for seed in (1, 2)]  # of this rank
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    options = {"replacement": LinearConfig(), "fit": batches[:1], "held_out": batches[1:], "run": "second"}
-    removal = ProgressiveRemoval(model, {1: range(1, 3)}, optimizer, **options)
-    removal.step(1)
-    weight = model.model.layers[1].spliced_before[0].projection.weight
-    ddp = DistributedDataParallel(model)
-    before = weight.detach().clone()
-    train(5)
-    both = [torch.empty_like(weight) for _ in range(2)]
-    dist.all_gather(both, weight.detach())
-    said["replaced"] = torch.equal(*both) and not torch.equal(weight, before)
-
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     args = TrainingArguments(f"{folder}/{rank}", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     data = [{"input_ids": row, "labels": row} for row in tokens(16, 7)]
@@ -528,7 +514,7 @@ TWO_PROCESSES = """
 
 def test_two_processes_unwrap_step_and_wrap_again(tmp_path: Path) -> None:
     for said in in_two_processes(TWO_PROCESSES, tmp_path):
-        assert said["blocks"] == BLOCKS - 2 and said["equal"] and said["steps"] == [4] and said["replaced"]
+        assert said["blocks"] == BLOCKS - 2 and said["equal"] and said["steps"] == [4]
         assert "DistributedDataParallel already" in said["refused"]
         assert "unwrap the model, call step" in said["refused"]
         assert "several processes" in said["trainer"] and "Train on one device" in said["trainer"]
