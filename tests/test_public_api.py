@@ -58,7 +58,6 @@ def test_a_name_that_is_unknown_raises() -> None:
 
 MORE_PARAMETERS = {
     "CompressionResult": "a result, which compress creates",
-    "HiddenStateRecorder": "one call of a context manager in a training loop",
     "distillation.TrainingResult": "a result, which train creates",
     "evaluation.TaskResult": "a result, which run_tasks creates",
     "selection.SearchProblem": "the input of a search, which SearchConfig.problem creates",

@@ -149,7 +149,7 @@ def test_what_does_not_go_with_a_budget_is_refused(
 ) -> None:
     """Also where it is what would be the case without it: nothing that was said does nothing."""
     if "--profile" in options:
-        model = tiny_model("llama", blocks=2)
+        model = tiny_model("llama")
         options = ["--profile", str(profile(model, [torch.arange(3, 13)[None]]).save(tmp_path / "p"))]
     code, _, err = command(*([] if "--budget" in options else ["--budget", "1h"]), *options)
     assert code == 2 and re.search(message, err), err
