@@ -323,6 +323,7 @@ def test_a_damaged_last_shard_is_written_again_and_an_earlier_one_refused(damage
 
 
 def test_exchanged_shards_are_refused(store: ActivationStore, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
     folder = tmp_path / "copy"
     shutil.copytree(store.folder, folder)
     first, second = (folder / f"shard-{k:05d}.safetensors" for k in (0, 1))
@@ -438,6 +439,7 @@ def keys(rows: Any) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("workers", [0, 1, 3, 7])
 def test_workers_read_each_row_once(workers: int, store: ActivationStore) -> None:
     """The store has fewer shards than seven."""
+    pytest.importorskip("datasets")
     everything, read = content(store), []
     loader = DataLoader(store.dataset(shuffle_seed=3), batch_size=4, num_workers=workers)
     for batch in loader:
@@ -452,6 +454,7 @@ def test_workers_read_each_row_once(workers: int, store: ActivationStore) -> Non
 
 
 def test_the_order_depends_on_the_seed_only(store: ActivationStore) -> None:
+    pytest.importorskip("datasets")
     stored = keys(store[k] for k in range(TOTAL))
     assert keys(store.dataset()) == stored
     first, again, other = (keys(store.dataset(shuffle_seed=seed)) for seed in (0, 0, 1))
@@ -461,6 +464,7 @@ def test_the_order_depends_on_the_seed_only(store: ActivationStore) -> None:
 
 
 def test_columns_are_selected_and_keep_their_dtype(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
     store = ActivationStore(tmp_path / "s").record(
         tiny_model("llama"), batches_of(), blocks=[1, 2], dtype=torch.bfloat16
     )

@@ -297,7 +297,7 @@ def test_steps_grow_and_pass_over_nothing() -> None:
 def test_hazards_are_named_at_once_and_leave_no_trace() -> None:
     model = tiny_of_type("gemma3n_text").train()
     before = fingerprint(model)
-    with pytest.raises(UnsupportedSurgery, match=r"Blocks 5.*block 5"):
+    with pytest.raises(UnsupportedSurgery, match=r"Block 5.*block 5"):
         ProgressiveRemoval(model, {100: range(5, 6)})
     with pytest.raises(UnsupportedSurgery, match=r"embed_tokens_per_layer.weight"):
         ProgressiveRemoval(model, {100: range(1, 2)}, torch.optim.SGD(model.parameters(), 0.1))
