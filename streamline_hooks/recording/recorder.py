@@ -27,6 +27,7 @@ from streamline_hooks.core import (
     refuse_compiled,
     refuse_replicated,
     validate_arguments,
+    validate_fields,
 )
 from streamline_hooks.modeling import (
     BlockStack,
@@ -107,7 +108,7 @@ class RecordingConfig:
     Raises
     ------
     StreamlineError
-        If `retain_grad` is combined with `detach`, `device` or `dtype`.
+        If a value has the wrong type, or `retain_grad` is combined with `detach`, `device` or `dtype`.
 
     Examples
     --------
@@ -127,6 +128,7 @@ class RecordingConfig:
     retain_grad: bool = False
 
     def __post_init__(self) -> None:
+        validate_fields(self)
         if self.retain_grad and (self.detach or self.device or self.dtype):
             raise StreamlineError(_RETAIN_GRAD)
 

@@ -349,7 +349,7 @@ def power_of_two_beyond(factor: float) -> float:
 
     Examples
     --------
-    >>> [power_beyond(factor) for factor in (1.3, 2, 2.1, 0.9, 0.3)]
+    >>> [power_of_two_beyond(factor) for factor in (1.3, 2, 2.1, 0.9, 0.3)]
     [2.0, 2.0, 4.0, 0.5, 0.25]
     """
     exponent = math.log2(factor)

@@ -173,10 +173,10 @@ class ProgressiveRemoval:
     ...     model, {1: range(1, 2)}, optimizer, run="second", replacement=LinearConfig(), **parts
     ... )
     >>> done = second.step(1)
-    >>> done.repaired_error < done.removal_error, len(model.model.layers), model.model.layers[1].spliced_before
-    (True, 2, ModuleList(
+    >>> done.blocks, len(model.model.layers), model.model.layers[1].spliced_before
+    ((1,), 2, ModuleList(
       (0): LinearReplacement(
-        (projection): Linear(in_features=64, out_features=64, bias=False)
+        (projection): Linear(in_features=32, out_features=32, bias=False)
       )
     ))
     >>> {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}

@@ -153,7 +153,7 @@ def test_the_model_is_as_it_was_to_the_bit() -> None:
 
 def test_windows_that_touch_and_nothing_to_train_are_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(StreamlineError, match=r"1 to 2 and 3 to 4 .*no block between"):
+    with pytest.raises(StreamlineError, match=r"1 to 2 and of blocks 3 to 4 .*no block between"):
         Student(model, [(range(3, 5), linear()), (range(1, 3), linear())])
     with pytest.raises(StreamlineError, match="nothing to train"):
         Student(model, [])

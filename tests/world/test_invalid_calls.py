@@ -32,6 +32,7 @@ from streamline_hooks.evaluation import (
 )
 from streamline_hooks.modeling import Task, find_stacks
 from streamline_hooks.pipeline import EvaluationConfig
+from streamline_hooks.recording import RecordingConfig
 from streamline_hooks.repair import NoneConfig, ReplacementConfig, insert_replacement, register_replacement
 from streamline_hooks.replacements import LinearReplacement, register_module
 from streamline_hooks.selection import SearchProblem, Selection, WindowSearch, combine_criteria, score_windows
@@ -211,8 +212,9 @@ def rows() -> Iterator[Row]:
         "models": [None, {}, {"m": "x"}, {"m": META}, MODEL, [MODEL]], "tokens": [*NO_INT, 0],
     }  # fmt: skip
     yield opened(s.HiddenStateRecorder), {"model": MODEL}, {
-        "model": NO_MODEL, "blocks": NO_BLOCKS, "tokens": [3, "x"], "device": ["nonsense", [1]], "dtype": ["half", 3],
+        "model": NO_MODEL, "blocks": NO_BLOCKS, "tokens": [3, "x"], "sites": [3, "x", []], "config": [3, "x"],
     }  # fmt: skip
+    yield RecordingConfig, {}, {"device": ["nonsense", [1]], "dtype": ["half", 3]}
     yield opened(HiddenStateMonitor), {"model": MODEL}, {"model": NO_MODEL, "every": [*NO_INT, 0], "log": [3, "x"]}
     yield opened(StochasticDepth), {"model": MODEL}, {
         "model": NO_MODEL, "rate": [*NO_FLOAT, 2.0, [math.nan] * 6, [True] * 6], "protect": NO_BLOCKS, "seed": NO_INT,
