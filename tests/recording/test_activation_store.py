@@ -105,11 +105,12 @@ def test_contributions_and_heads_are_stored_of_the_same_tokens(tmp_path: Path) -
     """What the branches add to the input of a block is its output, and the heads give what the attention adds."""
     model = tiny_model("llama")
     sites = ["block.input", "attention.output", "mlp.output", "block.output", "attention.heads"]
-    stored = content(ActivationStore(tmp_path / "s").record(model, batches_of("left"), blocks=[2], sites=sites))
-    added = stored["block.input.2"] + stored["attention.output.2"] + stored["mlp.output.2"]
-    torch.testing.assert_close(added, stored["block.output.2"])
-    projected = find_stack(model).blocks[2].self_attn.o_proj(stored["attention.heads.2"]).detach()
-    torch.testing.assert_close(projected, stored["attention.output.2"])
+    stored = content(ActivationStore(tmp_path / "s").record(model, batches_of("left"), blocks=[2, 4], sites=sites))
+    for k in (2, 4):
+        added = stored[f"block.input.{k}"] + stored[f"attention.output.{k}"] + stored[f"mlp.output.{k}"]
+        torch.testing.assert_close(added, stored[f"block.output.{k}"])
+        projected = find_stack(model).blocks[k].self_attn.o_proj(stored[f"attention.heads.{k}"]).detach()
+        torch.testing.assert_close(projected, stored[f"attention.output.{k}"])
 
 
 def test_bfloat16_is_the_rounded_float32_state(store: ActivationStore, tmp_path: Path) -> None:
