@@ -45,7 +45,8 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
     as_original : bool
         Whether to raise if the model is not of the original's class because of spliced modules; default False.
     **kwargs
-        Arguments of ``from_pretrained``. Code in the folder runs only with ``trust_remote_code=True``.
+        Arguments of ``from_pretrained``; `dtype` is the saved one by default, also in Transformers 4. Code in the
+        folder runs only with ``trust_remote_code=True``.
 
     Returns
     -------
@@ -209,6 +210,8 @@ def _from_pretrained(folder: Path, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         if mapping is not None and config in mapping and getattr(mapping[config], "__name__", "") == saved_class:
             auto_class = auto
             break
+    if "torch_dtype" not in kwargs:
+        kwargs.setdefault("dtype", "auto")  # the default of Transformers 5; 4 would load float32
     return load_with_pooler(auto_class, folder, use_safetensors=True, local_files_only=True, **kwargs)
 
 

@@ -444,9 +444,9 @@ class ProgressiveRemoval:
                 present = self._present(window)
                 hazards = surgeon.check(present)
                 if hazards:
+                    reasons = "; ".join(str(hazard).rstrip(".") for hazard in hazards)
                     raise UnsupportedSurgery(
-                        f"{describe_blocks(window).capitalize()} cannot be removed: {'; '.join(map(str, hazards))}. "
-                        "Choose other blocks.",
+                        f"{describe_blocks(window).capitalize()} cannot be removed: {reasons}. Choose other blocks.",
                         hazards[0].cause,
                     )
                 if self._insertion is None:
