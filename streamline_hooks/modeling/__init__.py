@@ -47,6 +47,7 @@ from streamline_hooks.modeling.generation import (
     seed_device,
     seeded_sampling,
 )
+from streamline_hooks.modeling.graph_callback import GraphCallback
 from streamline_hooks.modeling.hidden_state import (
     candidate_states,
     declaration_advice,
@@ -122,6 +123,7 @@ __all__ = [
     "Candidate",
     "Change",
     "ChangeHook",
+    "GraphCallback",
     "OutermostCall",
     "ProbeFailedError",
     "ReadHook",

@@ -31,6 +31,7 @@ from streamline_hooks.core import (
 from streamline_hooks.modeling import (
     BlockStack,
     ChangeHook,
+    GraphCallback,
     OutermostCall,
     ReadHook,
     find_stack,
@@ -84,6 +85,11 @@ class Edit(ABC):
 
     depends_on_pass = False
     """Whether the result depends on the number of the forward pass."""
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether ``torch.compile`` can trace `change`: the result depends neither on the pass nor on masked values."""
+        return not self.depends_on_pass
 
     @abstractmethod
     def change(self, state: Tensor, call: EditCall) -> Tensor:
@@ -168,6 +174,11 @@ class Mean(Edit):
     """
 
     states: Tensor | None = None
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether states are given."""
+        return self.states is not None
 
     def change(self, state: Tensor, call: EditCall) -> Tensor:  # noqa: D102
         return _pool(self.states, state, call).mean(dim=0).expand_as(state)
@@ -264,12 +275,13 @@ class Intervention:
     - Indices of blocks refer to the model when the intervention is opened. A block that a surgeon then removes does not
       run, so that its edit is not applied, which is an error.
 
-    On exit the hooks are removed; nothing else of the model is changed. Gradients flow through the edits.
+    On exit the hooks are removed; nothing else of the model is changed. Gradients flow through the edits. A model may
+    be compiled with ``torch.compile`` inside the intervention if the edits are the same in each forward pass.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model, not compiled.
+        The model, not yet compiled.
     edits : mapping
         Edit, or a sequence of edits, for each (site, block) or site of the model, for instance
         ``{("attention.output", 3): Scale(0.5), "logits": Add(bias)}``. Negative blocks count from the end.
@@ -322,7 +334,10 @@ class Intervention:
         self._probe = probe
         self._handles: list[RemovableHandle] = []
         self._passes = _Passes(self.stack)
-        self._applied: set[tuple[Site, int | None]] = set()
+        self._applied: set[int] = set()
+        self._note_applied = GraphCallback(self._applied.add)
+        self._verify_tokens = GraphCallback(self._require_tokens)
+        self._refuse = GraphCallback(self._refuse_compiled)
 
     def __enter__(self) -> Self:
         if self._handles:
@@ -342,11 +357,12 @@ class Intervention:
                     "submodule returns. Choose another site, such as block.output.",
                     "branches",
                 )
-        self._passes, self._applied = _Passes(self.stack), set()
+        self._passes = _Passes(self.stack)
+        self._applied.clear()
         try:
             self._handles += self._passes.hooks()
-            for access, edits in zip(accesses, self._edits.values(), strict=True):
-                for handle in access.hooks(partial(self._change, access, edits), ChangeHook):
+            for number, (access, edits) in enumerate(zip(accesses, self._edits.values(), strict=True)):
+                for handle in access.hooks(partial(self._change, number, access, edits), ChangeHook):
                     self._handles.append(handle)
             contributions = {a.k: a.branches for a in accesses if a.k is not None and a.site.endswith(".output")}
             for k, sites in contributions.items():
@@ -362,7 +378,7 @@ class Intervention:
     ) -> None:
         ran = self._passes.number >= 0
         self._remove_hooks()
-        missed = [_name(key) for key in self._edits if key not in self._applied]
+        missed = [_name(key) for number, key in enumerate(self._edits) if number not in self._applied]
         if kind is None and ran and missed:
             raise StreamlineError(
                 f"The edits of {', '.join(missed)} were not applied, although the model ran {self._passes.number + 1} "
@@ -374,7 +390,10 @@ class Intervention:
         while self._handles:
             self._handles.pop().remove()
 
-    def _change(self, access: SiteAccess, edits: Sequence[Edit], state: Tensor) -> Tensor | None:
+    def _change(self, number: int, access: SiteAccess, edits: Sequence[Edit], state: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() and not self._can_compile(edits):
+            self._refuse(number)
+            return None
         self._require_one_pending_pass(edits)
         if not self._is_selected_step():
             return None
@@ -385,8 +404,9 @@ class Intervention:
             )
         before = access.by_token(state)
         real = self._passes.real_tokens(before, str(access), required=self._tokens != "all")
-        selected = self._select(before, real, access)
-        call = EditCall(str(access), real, self._passes.number, access.feature_axes)
+        selected = self._select(number, before, real)
+        present = 0 if torch.compiler.is_compiling() else self._passes.number
+        call = EditCall(str(access), real, present, access.feature_axes)
         after = before
         for edit in edits:
             changed = edit.change(after, call)
@@ -399,8 +419,20 @@ class Intervention:
             if selected is not None:
                 changed = torch.where(selected.view(*selected.shape, *[1] * access.feature_axes), changed, after)
             after = changed
-        self._applied.add((access.site, access.k))
+        self._note_applied(number)
         return after.reshape(state.shape) if after.ndim != state.ndim else after
+
+    def _can_compile(self, edits: Sequence[Edit]) -> bool:
+        selects_pass = self._steps != "all" or not isinstance(self._tokens, str)
+        return all(edit.can_compile for edit in edits) and (self._passes.cached == 0 or not selects_pass)
+
+    def _refuse_compiled(self, number: int) -> None:
+        raise StreamlineError(
+            f"The edit of {self._name(number)} cannot be compiled, because the graph knows neither the number of the "
+            "forward pass nor its cached tokens. Expected an edit whose can_compile is True (not Resample, Mean "
+            "without states or Patch with several), and with a cache steps='all' and tokens of 'all', 'real' or "
+            "'last'. Change it, or run the model without torch.compile."
+        )
 
     def _is_selected_step(self) -> bool:
         if self._steps == "all":
@@ -427,26 +459,42 @@ class Intervention:
                     "for each forward pass, or disable gradient checkpointing."
                 )
 
-    def _select(self, state: Tensor, real: Tensor, access: SiteAccess) -> Tensor | None:
-        """Return the mask of the tokens to change, (batch, tokens), or None for all."""
+    def _select(self, number: int, state: Tensor, real: Tensor) -> Tensor | None:
+        """Return the mask of the tokens of a site to change, (batch, tokens), or None for all."""
         tokens = self._tokens
         if isinstance(tokens, str):
             if tokens == "all":
                 return None
-            return real if tokens == "real" else _numbered(real, (-1,), str(access))
-        if self._passes.cached != 0:
+            if tokens == "real":
+                return real
+        elif self._passes.cached != 0:
             raise StreamlineError(
                 f"tokens={tokens!r} number the tokens of a prompt, but a forward pass with cached tokens runs. "
                 "Expected passes without a cache. Pass steps='prefill', or tokens='last'."
             )
         if not isinstance(tokens, Tensor):
-            return _numbered(real, tokens, str(access))
+            self._verify_tokens(number, real.sum(dim=1))
+            return _numbered(real, (-1,) if isinstance(tokens, str) else tokens)
         if tokens.shape != state.shape[:2]:
             raise StreamlineError(
                 f"tokens is a mask of shape {tuple(tokens.shape)}. Expected {tuple(state.shape[:2])}, the (batch, "
-                f"tokens) at {access}. Pass a mask with one entry per token."
+                f"tokens) at {self._name(number)}. Pass a mask with one entry per token."
             )
         return tokens.to(state.device)
+
+    def _require_tokens(self, site: int, counts: Tensor) -> None:
+        """Raise if a token that `tokens` numbers does not exist in a sequence with this number of real tokens."""
+        shortest = int(counts.min())
+        for number in (-1,) if isinstance(self._tokens, str) else self._tokens:
+            if not -shortest <= number < shortest:
+                raise StreamlineError(
+                    f"Token {int(number)} does not exist in every sequence at {self._name(site)}: the shortest has "
+                    f"{shortest} real tokens. Expected numbers of real tokens. Pass a mask to change other tokens in "
+                    "each sequence."
+                )
+
+    def _name(self, number: int) -> str:
+        return _name(list(self._edits)[number])
 
 
 class _Passes:
@@ -458,6 +506,7 @@ class _Passes:
         self.pending, self.recomputed = 0, False
         self._stack, self._mask = stack, None
         self._call = OutermostCall()
+        self._count = GraphCallback(self._add_pass)
 
     def hooks(self) -> list[RemovableHandle]:
         """Register hooks on the models around the stack."""
@@ -468,22 +517,23 @@ class _Passes:
         return handles
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            raise StreamlineError(
-                "The model was compiled inside an intervention, which compiled code does not run. Expected a model "
-                "that runs without torch.compile. Close the intervention, or do not compile the model."
-            )
         if self._call.begins(module):
             self._mask = None
-            self.number += 1
             self.cached = _cached_tokens(module, args, kwargs)
-            self.step = 0 if self.cached == 0 else self.step + 1
-            if self.recomputed or self.pending == 0:
-                self.pending, self.recomputed = int(torch.is_grad_enabled()), False
-            else:
-                self.pending += 1
+            if self.cached == 0:
+                self.step = 0
+            elif not torch.compiler.is_compiling():
+                self.step += 1
+            self._count(0)
         mask = padding_mask_of_call(module, args, kwargs, self._mask)
         self._mask = padding_mask_with_cache(mask, kwargs)
+
+    def _add_pass(self, key: int) -> None:
+        self.number += 1
+        if self.recomputed or self.pending == 0:
+            self.pending, self.recomputed = int(torch.is_grad_enabled()), False
+        else:
+            self.pending += 1
 
     def real_tokens(self, state: Tensor, name: str, required: bool) -> Tensor:
         """Return the mask of the real tokens of a state, (batch, tokens)."""
@@ -505,31 +555,27 @@ class _Passes:
 
 
 def _cached_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens in the cache that a call receives, or None if it is unknown."""
+    """Return the number of cached tokens of a call, or None if it is unknown, as in compiled code."""
     arguments = dict(inspect.signature(module.forward).bind_partial(*args).arguments) | dict(kwargs)
     names = ("cache", "past_key_values", "cache_params")
     cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
     if cache is None:
         return 0
+    if torch.compiler.is_compiling():
+        return None
     try:
         return int(cache.get_seq_length())
     except Exception:  # a cache of recurrent states may have no length
         return None
 
 
-def _numbered(real: Tensor, numbers: Sequence[int], name: str) -> Tensor:
+def _numbered(real: Tensor, numbers: Sequence[int]) -> Tensor:
     """Return the mask of the real tokens with these numbers in each sequence, (batch, tokens)."""
     counts = real.sum(dim=1, keepdim=True)
     positions = real.cumsum(dim=1) - 1
     selected = torch.zeros_like(real)
     for number in numbers:
-        wanted = counts + number if number < 0 else torch.full_like(counts, number)
-        if bool(((wanted < 0) | (wanted >= counts)).any()):
-            raise StreamlineError(
-                f"Token {number} does not exist in every sequence at {name}: the shortest has {int(counts.min())} real "
-                "tokens. Expected numbers of real tokens. Pass a mask to change other tokens in each sequence."
-            )
-        selected |= real & (positions == wanted)
+        selected = selected | (real & (positions == (counts + number if number < 0 else number)))
     return selected
 
 

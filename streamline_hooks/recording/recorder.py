@@ -31,6 +31,7 @@ from streamline_hooks.core import (
 )
 from streamline_hooks.modeling import (
     BlockStack,
+    GraphCallback,
     OutermostCall,
     ReadHook,
     WatchedMask,
@@ -39,6 +40,7 @@ from streamline_hooks.modeling import (
     closing_generator,
     declaration_advice,
     find_stack,
+    in_backward,
     inference,
     nested_mask,
     padded,
@@ -101,7 +103,8 @@ class RecordingConfig:
     device, dtype : optional
         Device and dtype of the stored tensors. Default: unchanged.
     detach : bool
-        Store detached copies (default). If False, store the tensors themselves with their graph.
+        Store detached copies (default). If False, store the tensors themselves with their graph; a compiled model is
+        then compiled again in each call.
     retain_grad : bool
         With ``detach=False``, store the gradient of each tensor in its attribute ``grad``.
 
@@ -169,10 +172,13 @@ class HiddenStateRecorder:
     are found by running it on a few tokens when the recorder is first opened on it. In the first recorded call of a
     block its input and the two contributions must sum to its output to 1e-5. A site that cannot be read is refused.
 
+    A model may be compiled with ``torch.compile`` while the recorder is open: graphs then contain an operator for each
+    state, without graph breaks and further compilations. The model is compiled anew for each recorder.
+
     Parameters
     ----------
     model : torch.nn.Module
-        The model, not compiled.
+        The model, not yet compiled.
     blocks : iterable of int, optional
         Indices of the blocks to record, in the current model; negative indices count from the end. Default: all.
     sites : iterable of str, optional
@@ -184,7 +190,8 @@ class HiddenStateRecorder:
         ``attention_mask`` or ``src_key_padding_mask`` of the model's call. The streams of a state with several streams
         are concatenated along the features, see `streamline_hooks.modeling.state_layout`.
     stop : bool
-        Stop the forward pass after the last recorded block. Run the model as ``record(**batch)`` in this case.
+        Stop the forward pass after the last recorded block. Run the model as ``record(**batch)`` in this case; a graph
+        that is compiled cannot be stopped.
     stack : str, optional
         Path of the block stack, see `find_stack`.
     config : RecordingConfig, optional
@@ -195,7 +202,8 @@ class HiddenStateRecorder:
     Raises
     ------
     StreamlineError
-        If the model is compiled, a site is unknown, or a block index is out of range.
+        If the model is compiled, a site is unknown, or a block index is out of range. When the recorder is closed: if
+        the model ran but nothing was recorded.
     UnsupportedSurgery
         When the recorder is opened: if a site cannot be read. In the first call of a block: if its input and the two
         contributions do not sum to its output.
@@ -251,6 +259,8 @@ class HiddenStateRecorder:
             site: {k: [] for k in self.blocks} for site in self.sites if site in BLOCK_SITES
         }
         self._by_model: dict[str, list[Tensor]] = {site: [] for site in self.sites if site in MODEL_SITES}
+        self._targets: list[tuple[list[Tensor], Callable[[Tensor], Tensor]]] = []
+        self._callback = GraphCallback(self._receive)
         self.inputs = self._by_block.get("block.input", {})
         self.outputs = self._by_block.get("block.output", {})
         self._inner = any(site not in _EACH_BLOCK for site in self._by_block)
@@ -263,6 +273,7 @@ class HiddenStateRecorder:
         self._latest: tuple[Tensor, int | None, Tensor] | None = None
         self._flow = StateFlowCheck(self.stack)
         self._with_graph = False
+        self._model_ran = self._has_recorded = False
 
     def __enter__(self) -> Self:
         if self._handles:
@@ -272,8 +283,11 @@ class HiddenStateRecorder:
         if not isinstance(self._tokens, str) or self._tokens != "all":
             require_batch_first(self.stack[0])
         accesses = self._other_sites()
+        self._targets.clear()
+        self._model_ran = self._has_recorded = False
         try:
             self._handles += self._call.hooks(self.stack.ancestors)
+            self._handles.append(self.model.register_forward_hook(ReadHook(self.model, self._note_run)))
             for module in self.stack.ancestors:
                 read = ReadHook(module, partial(self._read_mask, module))
                 self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
@@ -282,12 +296,19 @@ class HiddenStateRecorder:
             for k in self.blocks:
                 block = self.stack[k]
                 if self.inputs:
-                    read = ReadHook(block, partial(self._read_input, k))
+                    read = ReadHook(
+                        block,
+                        partial(self._read_input, k, self._target(self.inputs[k], partial(by_token, block=block))),
+                    )
                     self._handles.append(block.register_forward_pre_hook(read, with_kwargs=True))
                 if self.outputs:
-                    self._handles.append(block.register_forward_hook(ReadHook(block, partial(self._read_output, k))))
+                    read = ReadHook(
+                        block,
+                        partial(self._read_output, k, self._target(self.outputs[k], partial(by_token, block=block))),
+                    )
+                    self._handles.append(block.register_forward_hook(read))
             for access in accesses:
-                for handle in access.hooks(partial(self._visit, access)):
+                for handle in access.hooks(partial(self._record, self._target_of(access))):
                     self._handles.append(handle)
             contributions = {a.k: a.branches for a in accesses if a.k is not None and a.site.endswith(".output")}
             for k, sites in contributions.items():
@@ -305,6 +326,13 @@ class HiddenStateRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove_hooks()
+        if kind is None and self._model_ran and not self._has_recorded:
+            raise StreamlineError(
+                f"{type(self.model).__name__} ran, but nothing was recorded: none of {', '.join(self.sites)} was "
+                "reached, or the model was compiled before the recorder was opened. Expected a model that runs the "
+                "recorded blocks. Open the recorder before torch.compile, and call torch.compiler.reset() before "
+                "opening another one."
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a batch prepared by `prepare_inputs`; return its output, or None with ``stop=True``."""
@@ -430,9 +458,37 @@ class HiddenStateRecorder:
         wanted = [*inner, *((site, None) for site in self._by_model)]
         return resolve_sites(self.stack, cast("list[tuple[Site, int | None]]", wanted), self._probe) if wanted else []
 
-    def _visit(self, access: SiteAccess, state: Tensor) -> None:
+    def _target(self, states: list[Tensor], batch_first: Callable[[Tensor], Tensor]) -> int:
+        """Return the number of a list that receives states, which identifies it in a compiled graph."""
+        self._targets.append((states, batch_first))
+        return len(self._targets) - 1
+
+    def _target_of(self, access: SiteAccess) -> int:
         states = self._by_model[access.site] if access.k is None else self._by_block[access.site][access.k]
-        states.append(self._convert(state, access.by_token))
+        return self._target(states, access.by_token)
+
+    def _record(self, number: int, state: Tensor) -> None:
+        """Store a state; while a graph is compiled, add to it an operator that does."""
+        mask = None if isinstance(self._tokens, Tensor) or self._tokens == "all" else self._attention_mask
+        if torch.compiler.is_compiling() and self._config.detach and (mask is None or isinstance(mask, Tensor)):
+            self._callback(number, state, *(() if mask is None else (mask,)))
+        else:
+            self._store(number, state)
+
+    def _receive(self, number: int, state: Tensor, mask: Tensor | None = None) -> None:
+        """Store a state of a compiled graph, with the attention mask of the model's call."""
+        if self._handles and not in_backward():
+            self._attention_mask = mask
+            self._store(number, state)
+            self._latest = self._attention_mask = None
+
+    def _store(self, number: int, state: Tensor) -> None:
+        self._has_recorded = True
+        states, batch_first = self._targets[number]
+        states.append(self._convert(state, batch_first))
+
+    def _note_run(self, *values: Any) -> None:
+        self._model_ran = True
 
     def _stop_forward(self, *values: Any) -> None:
         raise ForwardStopped(_STOPPED)
@@ -447,20 +503,20 @@ class HiddenStateRecorder:
     def _read_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call.begins(module):
             self._attention_mask = self._latest = None
+        if torch.compiler.is_compiling() and not isinstance(self._tokens, Tensor) and self._tokens == "all":
+            return
         self._with_graph = torch.is_grad_enabled()  # of every ancestor: some losses call an inner model
         self._attention_mask = padding_mask_with_cache(
             padding_mask_of_call(module, args, kwargs, self._attention_mask), kwargs
         )
 
-    def _read_input(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs[k].append(
-            self._convert(read_input(args, kwargs, self.stack[k]), partial(by_token, block=self.stack[k]))
-        )
+    def _read_input(self, k: int, target: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._record(target, read_input(args, kwargs, self.stack[k]))
         if self._stop and k == self.blocks[-1] and not (self.outputs or self._inner):
             raise ForwardStopped(_STOPPED)
 
-    def _read_output(self, k: int, args: tuple[Any, ...], output: Any) -> None:
-        self.outputs[k].append(self._convert(read_output(output), partial(by_token, block=self.stack[k])))
+    def _read_output(self, k: int, target: int, args: tuple[Any, ...], output: Any) -> None:
+        self._record(target, read_output(output))
         if self._stop and k == self.blocks[-1]:
             raise ForwardStopped(_STOPPED)
 

@@ -31,6 +31,7 @@ from streamline_hooks.modeling import (
     BranchSites,
     Change,
     ChangeHook,
+    GraphCallback,
     ReadHook,
     branches_in,
     by_token,
@@ -310,6 +311,8 @@ class ContributionCheck:
         self._k, self._block, self._sites = k, block, sites
         self._notes = ContributionNotes(block)
         self._handles: list[RemovableHandle] = []
+        self._callback = GraphCallback(self._receive)
+        self._is_verified = False
 
     def hooks(self) -> Iterator[RemovableHandle]:
         """Register and yield the hooks; none if a contribution is itself a difference."""
@@ -321,12 +324,18 @@ class ContributionCheck:
             yield handle
 
     def _leave(self, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         before, passed = self._notes.take()
-        state = read_output(output)
+        self._callback(0, before, *(passed[branch] for branch in self._sites.branches), read_output(output))
+        if not torch.compiler.is_compiling():
+            while self._handles:
+                self._handles.pop().remove()
+
+    def _receive(self, key: int, before: Tensor, first: Tensor, second: Tensor, state: Tensor) -> None:
+        """Verify a call; later calls of a compiled graph, whose operators stay, are not verified."""
+        if self._is_verified:
+            return
         with torch.no_grad():
-            terms = [before, *(passed[branch].view_as(state) for branch in self._sites.branches)]
+            terms = [before, first.view_as(state), second.view_as(state)]
             wide = [term.double() if term.device.type != "mps" else term.float() for term in terms]
             error = float((wide[0] + wide[1] + wide[2] - state).abs().max())
             size = max(float(term.abs().max()) for term in (*terms, state))
@@ -338,8 +347,7 @@ class ContributionCheck:
                 "and changes a contribution. Run the model in evaluation mode, register hooks first, or record "
                 "block.output."
             )
-        while self._handles:
-            self._handles.pop().remove()
+        self._is_verified = True
 
 
 def resolve_sites(

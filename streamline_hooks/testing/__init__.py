@@ -4,6 +4,7 @@ from streamline_hooks.testing.cached_generation import assert_cached_generation_
 from streamline_hooks.testing.causality import assert_causal
 from streamline_hooks.testing.checkpoint_round_trip import assert_checkpoint_round_trip
 from streamline_hooks.testing.checks import run_checks
+from streamline_hooks.testing.faithful_recording import assert_recording_is_faithful
 from streamline_hooks.testing.restoration import assert_restores
 from streamline_hooks.testing.shapes import assert_shapes
 from streamline_hooks.testing.surgery_assertions import (
@@ -23,6 +24,7 @@ __all__ = [
     "assert_causal",
     "assert_checkpoint_round_trip",
     "assert_identity_preserves_output",
+    "assert_recording_is_faithful",
     "assert_removal_equals_shorter_model",
     "assert_restores",
     "assert_shapes",

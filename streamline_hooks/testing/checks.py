@@ -16,6 +16,7 @@ from streamline_hooks.modeling import find_stack
 from streamline_hooks.testing.cached_generation import assert_cached_generation_matches
 from streamline_hooks.testing.causality import assert_causal
 from streamline_hooks.testing.checkpoint_round_trip import assert_checkpoint_round_trip
+from streamline_hooks.testing.faithful_recording import assert_recording_is_faithful
 from streamline_hooks.testing.restoration import assert_restores, removal_error
 from streamline_hooks.testing.shapes import assert_shapes
 from streamline_hooks.testing.surgery_assertions import (
@@ -80,6 +81,7 @@ def run_checks(
     ok cached decoding equals the forward
     ok identities change nothing
     ok surgery leaves no trace
+    ok recorded activations are those of the forward
     ok without blocks 1 to 2 it equals the shorter model
     ok a checkpoint gives the same model
     """
@@ -97,6 +99,10 @@ def run_checks(
         ("cached decoding equals the forward", lambda: assert_cached_generation_matches(model, stack=stack)),
         ("identities change nothing", lambda: assert_identity_preserves_output(model, stack=stack)),
         ("surgery leaves no trace", lambda: assert_restores(model, stack=stack)),
+        (
+            "recorded activations are those of the forward",
+            lambda: assert_recording_is_faithful(model, blocks={0, length // 2, length - 1}, stack=stack),
+        ),
     ]
     for window in chosen_windows:
         checks.append(

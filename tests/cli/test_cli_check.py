@@ -27,8 +27,8 @@ def test_a_healthy_model(
     code, out, _ = run(["check", stories_folder, "--window", "1:3"], monkeypatch, capsys)
     lines = out.splitlines()
     assert code == 0
-    assert [line.split()[0] for line in lines] == ["ok"] * 7
-    assert "without blocks 1 to 2 it equals the shorter model" in lines[5]
+    assert [line.split()[0] for line in lines] == ["ok"] * 8
+    assert "without blocks 1 to 2 it equals the shorter model" in lines[6]
     assert lines[0].endswith(" s")
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks import LayerSurgeon
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, recording
 from streamline_hooks.replacements import LinearReplacement, registry
 from streamline_hooks.surgery import edits, spliced_model
 from streamline_hooks.testing import tiny_model
@@ -174,6 +174,47 @@ def never_shortens_the_config(patch: Patch) -> Subject:
 def inserts_something_else(patch: Patch) -> Subject:
     insert = LayerSurgeon.insert
     patch.setattr(LayerSurgeon, "insert", lambda self, k, module, **more: insert(self, k, AlmostIdentity(), **more))
+    return plain()
+
+
+# A recorder or an intervention that is wrong
+
+
+def _recording(patch: Patch, change: Callable[[Any], Any]) -> Subject:
+    """A recorder that returns something else than it recorded at the sites of the blocks."""
+    get = HiddenStateRecorder.__getitem__
+
+    def changed(self: HiddenStateRecorder, site: Any) -> Any:
+        found = get(self, site)
+        return found if isinstance(found, list) else change(found)
+
+    patch.setattr(HiddenStateRecorder, "__getitem__", changed)
+    return plain()
+
+
+def one_token_late(patch: Patch) -> Subject:
+    return _recording(patch, lambda found: {k: [state.roll(1, 1) for state in found[k]] for k in found})
+
+
+def one_block_early(patch: Patch) -> Subject:
+    return _recording(patch, lambda found: dict(zip(found, [*list(found.values())[1:], *found.values()], strict=False)))
+
+
+def changes_what_it_records(patch: Patch) -> Subject:
+    enter = HiddenStateRecorder.__enter__
+    subject = plain()
+
+    def entered(self: HiddenStateRecorder) -> HiddenStateRecorder:
+        if "mlp.output" in self.sites and not subject.model.model.layers[2].mlp._forward_hooks:
+            subject.model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+        return enter(self)
+
+    patch.setattr(HiddenStateRecorder, "__enter__", entered)
+    return subject
+
+
+def patches_nothing(patch: Patch) -> Subject:
+    patch.setattr(recording.Patch, "change", lambda self, state, call: state)
     return plain()
 
 
