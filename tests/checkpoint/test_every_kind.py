@@ -25,6 +25,9 @@ WINDOW = range(2, 4)
 PLAIN = ("none", "block", "silenced", "folded", "scale")
 SPLICED = ("linear", "linear:rank=4", "linear:diagonal", "mlp", "swiglu:width=16")
 HOW = ("save", "save_pretrained", "Trainer")
+ALL_WAYS = ("llama", "gpt2")
+"""Families of which each kind is saved in all three ways; the others are saved in the first."""
+
 MIXTRAL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128,
@@ -101,7 +104,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[st
                 refused[family, kind] = str(error)
                 continue
             expected = expected_of(model)
-            for how in HOW:
+            for how in HOW if family in ALL_WAYS else HOW[:1]:
                 name = f"{family}-{kind.replace(':', '-')}-{how}"
                 write(model, root / name, how)
                 torch.save(expected, root / name / "expected.pt")
@@ -128,8 +131,8 @@ def test_a_new_process_gives_the_same_logits_and_tokens(
     root, refused = saved
     made_here = json.loads((root / f"{where}.json").read_text())
     kinds = PLAIN if where == "absent" else SPLICED
-    possible = (len(FAMILIES) + 1) * len(kinds) - sum(kind in kinds for _, kind in refused)
-    assert len(made_here) == len(HOW) * possible
+    possible = [(family, kind) for family in (*FAMILIES, "mixtral") for kind in kinds if (family, kind) not in refused]
+    assert len(made_here) == sum(len(HOW) if family in ALL_WAYS else 1 for family, _ in possible)
     assert json.loads(in_a_new_process(READ, root, where).stdout.splitlines()[-1]) == []
 
 

@@ -33,7 +33,10 @@ from tests.training_callbacks import BeforeSteps, RaiseAt
 
 repair_training = import_module("streamline_hooks.distillation.train")  # the package has a function of this name
 
-SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
+SMALL: dict[str, Any] = {
+    "sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640,
+    "speed": False, "generation": False,
+}  # fmt: skip
 TRAINING = DistillationConfig(learning_rate=3e-3, epochs=2, validations=4)
 
 
@@ -172,7 +175,7 @@ def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
 ) -> None:
     """Where nothing else is trained, for then all would have been ranked and judged in vain."""
     model, tokenizer = story_model
-    options = {**SMALL, "remove": 1, "repair": kind, "distillation": TRAINING, "speed": False, "generation": False}
+    options = {**SMALL, "remove": 1, "repair": kind, "distillation": TRAINING}
     with pytest.raises(StreamlineError, match=rf"nothing to train.*'{kind}'"):
         compress(model, story_texts, tokenizer=tokenizer, **arguments(**options))
     options |= {"healing": HealingConfig("partial", "after")}
@@ -203,8 +206,6 @@ def test_blocks_that_are_healed_do_not_go(
             protect=(0, 1, 2),
             distillation=TRAINING,
             healing=HealingConfig(method="partial", where="last", count=1),
-            speed=False,
-            generation=False,
             **SMALL,
         ),
         tokenizer=story_model[1],
@@ -243,8 +244,6 @@ def test_a_kind_with_parameters_may_be_trained_alone(
             remove=1,
             healing=HealingConfig(method="partial", where="after"),
             protect=(0, 1, 2, 3),
-            speed=False,
-            generation=False,
             **SMALL,
         ),
         tokenizer=tokenizer,
@@ -276,9 +275,7 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
     result = compress(
         story_model[0],
         story_texts,
-        configured(
-            remove=1, shortlist=1, distillation=TRAINING, train_until=100.0, speed=False, generation=False, **SMALL
-        ),
+        configured(remove=1, shortlist=1, distillation=TRAINING, train_until=100.0, **SMALL),
         tokenizer=story_model[1],
         options=RunOptions(callbacks=[clock]),
     )
