@@ -70,6 +70,7 @@ OLDEST_TESTS := tests/surgery tests/recording tests/training tests/core/test_bat
 	$(addprefix tests/modeling/test_,block_stack.py forward.py generation.py hidden_state.py hooks.py pooler.py)
 
 oldest: export OMP_NUM_THREADS ?= 1
+oldest: export STREAMLINE_EXAMPLES ?= 8
 oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers
 	$(VENV)-oldest/bin/python -m pytest $(PYTEST_PARALLEL) -m "not slow" $(OLDEST_TESTS)
 

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ def describe() -> Iterator[str]:
 def describe_object(name: str, thing: Any) -> Iterator[str]:
     if not callable(thing):
         yield f"{name}: {type(thing).__name__}"
+        return
+    if typing.get_origin(thing) is not None:  # Python 3.13 gives an alias the signature (*args, **kwargs)
+        yield f"{name}()"
         return
     yield from describe_call(name, thing)
     if inspect.isclass(thing) and thing.__module__.startswith("streamline_hooks"):

@@ -100,6 +100,7 @@ def _versions() -> Mapping[str, str | None]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # with the kind of build, which its metadata may lack
     return versions
 
 
