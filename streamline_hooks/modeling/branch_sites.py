@@ -7,6 +7,8 @@ outputs hold three tensors, and verifies each by changing it while the block run
   replaced by any tensor r, the block must continue as if the branch had added r;
 - the input of the branch, after its norm. If it is fixed, the contribution must not depend on the block's input;
 - the heads, which the output projection of the attention reads. The same must hold.
+
+Blocks with a norm after each sum have other sites, see `streamline_hooks.modeling.find_post_norm_sites`.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ class BranchSites:
         Number of heads and size of a head.
     reasons : mapping
         For each of "output", "input" and "heads" that is missing, the reason.
+    returns_state : bool
+        Whether the output is the state after the branch, so that the contribution is its difference from the state that
+        enters the block.
     """
 
     branch: Branch
@@ -61,6 +66,7 @@ class BranchSites:
     projection: str | None
     heads: tuple[int, int] | None
     reasons: Mapping[str, str]
+    returns_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,19 @@ class BlockSites:
     first : {"attention", "mlp"} or None
         The branch that runs first; None if both read the block's input.
     branches : mapping of str to BranchSites
+    uncalled : tuple of str
+        Children of the block that were not called, such as the cross-attention of a decoder without an encoder. If they
+        are called, the sites are not those of the block.
     """
 
     first: Branch | None
     branches: Mapping[Branch, BranchSites]
+    uncalled: tuple[str, ...] = ()
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether the block normalizes the state after each branch, and the contributions contain the norms."""
+        return any(site.returns_state for site in self.branches.values())
 
     @property
     def last(self) -> Branch:
@@ -83,13 +98,35 @@ class BlockSites:
         return "attention" if self.first == "mlp" else "mlp"
 
 
-def find_branch_sites(call: BlockCall, branches: Branches) -> BlockSites:
+def uncalled_children(call: BlockCall) -> tuple[str, ...]:
+    """Return the children of a block with weight matrices that a run does not call or use otherwise."""
+    called: set[str] = set()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in call.block.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
+        output = call.run(call.state, {})
+        called = {name.partition(".")[0] for name in called}
+        uncalled = [
+            name
+            for name, child in call.block.named_children()
+            if name not in called and any(parameter.ndim > 1 for parameter in child.parameters())
+        ]
+        zeros = {
+            name: torch.zeros_like(parameter)
+            for name, parameter in call.block.named_parameters()
+            if name.partition(".")[0] in uncalled
+        }
+        return tuple(uncalled) if torch.equal(call.run(call.state, zeros), output) else ()
+
+
+def find_branch_sites(call: BlockCall, branches: Branches, uncalled: tuple[str, ...] = ()) -> BlockSites:
     """Find the sites of the two branches of a block from one call without padding, in evaluation mode.
 
-    Raises `UnsupportedSurgery` if the contribution of neither branch is the output of a submodule.
+    `uncalled` are the `uncalled_children`. Raises `UnsupportedSurgery` if the contribution of neither branch is the
+    output of a submodule.
     """
     with torch.no_grad():
-        search = _SiteSearch(call, branches)
+        search = SiteSearch(call, branches, uncalled)
         sites = {branch: search.sites_of(branch) for branch in BRANCHES}
     readable = [site for site in sites.values() if site.output is not None]
     if not readable:
@@ -97,15 +134,15 @@ def find_branch_sites(call: BlockCall, branches: Branches) -> BlockSites:
             f"The contributions of the branches of {type(call.block).__name__} cannot be read: none of its submodules "
             "returns what its attention or its MLP adds to the state."
         )
-    return BlockSites(branches.first, sites)
+    return BlockSites(branches.first, sites, uncalled)
 
 
-class _SiteSearch:
+class SiteSearch:
     """The steps of `find_branch_sites` for one call of a block."""
 
-    def __init__(self, call: BlockCall, branches: Branches) -> None:
+    def __init__(self, call: BlockCall, branches: Branches, uncalled: tuple[str, ...] = ()) -> None:
         self.call, self.block, self.branches = call, call.block, branches
-        self.search = BranchSearch(call, SPLICES)
+        self.search = BranchSearch(call, (*SPLICES, *uncalled))
         self.state = call.state
         writers = branches.writers
         every = [name for names in writers.values() for name in names]
@@ -125,6 +162,7 @@ class _SiteSearch:
 
     @property
     def second(self) -> Branch:
+        """The branch that runs second, or the MLP of parallel branches."""
         return BRANCHES[1 - BRANCHES.index(self.branches.first or "attention")]
 
     def noise(self, like: Tensor, seed: int) -> Tensor:
@@ -167,6 +205,7 @@ class _SiteSearch:
         return once[0], once[1]
 
     def sites_of(self, branch: Branch) -> BranchSites:
+        """Find the sites of one branch."""
         reasons: dict[str, str] = {}
         output, multiplier = self.output_of(branch)
         if output is None:
@@ -182,6 +221,7 @@ class _SiteSearch:
     def run(
         self, state: Tensor, on: tuple[Branch, ...], changes: Mapping[tuple[str, str], Change] | None = None
     ) -> Tensor:
+        """Run the block without the branches that are not in `on`, and change inputs or outputs of submodules."""
         with ExitStack() as hooks:
             for (path, side), change in (changes or {}).items():
                 hooks.enter_context(changing(self.block.get_submodule(path), side, change))
