@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamline_hooks.core import StreamlineError, UnsupportedSurgery
-from streamline_hooks.modeling.block_call import BlockCall
+from streamline_hooks.modeling.block_call import BlockCall, Side, TensorSite
 from streamline_hooks.modeling.branches import BRANCHES, Branch, Branches, BranchSearch, root_mean_square, union
 from streamline_hooks.modeling.hidden_state import read_input, read_output, write_input, write_output
 from streamline_hooks.modeling.probe import SPLICES
@@ -57,6 +57,8 @@ class BranchSites:
     returns_state : bool
         Whether the output is the state after the branch, so that the contribution is its difference from the state that
         enters the block.
+    side : {"input", "output"}
+        "input" if the submodule `output` receives this state instead of returning it.
     """
 
     branch: Branch
@@ -67,6 +69,7 @@ class BranchSites:
     heads: tuple[int, int] | None
     reasons: Mapping[str, str]
     returns_state: bool = False
+    side: Side = "output"
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,14 @@ class BlockSites:
     uncalled : tuple of str
         Children of the block that were not called, such as the cross-attention of a decoder without an encoder. If they
         are called, the sites are not those of the block.
+    post_norm : bool
+        Whether the block normalizes the state after each branch, and the contributions contain the norms.
     """
 
     first: Branch | None
     branches: Mapping[Branch, BranchSites]
     uncalled: tuple[str, ...] = ()
-
-    @property
-    def post_norm(self) -> bool:
-        """Whether the block normalizes the state after each branch, and the contributions contain the norms."""
-        return any(site.returns_state for site in self.branches.values())
+    post_norm: bool = False
 
     @property
     def last(self) -> Branch:
@@ -128,8 +129,12 @@ def find_branch_sites(call: BlockCall, branches: Branches, uncalled: tuple[str, 
     with torch.no_grad():
         search = SiteSearch(call, branches, uncalled)
         sites = {branch: search.sites_of(branch) for branch in BRANCHES}
-    readable = [site for site in sites.values() if site.output is not None]
-    if not readable:
+        readable = [site for site in sites.values() if site.output is not None]
+        between = None if readable else search.state_between()
+    if between is not None and branches.first is not None:
+        first = replace(sites[branches.first], output=between.path, side=between.side, returns_state=True)
+        sites[branches.first] = first
+    elif not readable:
         raise UnsupportedSurgery(
             f"The contributions of the branches of {type(call.block).__name__} cannot be read: none of its submodules "
             "returns what its attention or its MLP adds to the state."
@@ -243,6 +248,18 @@ class SiteSearch:
             if is_multiple and self.is_contribution(branch, path, multiplier):
                 return path, multiplier
         return None, 1.0
+
+    def state_between(self) -> TensorSite | None:
+        """Return where to read the state after the first branch, if the block continues from any tensor there."""
+        site = None if self.branches.first is None else self.branches.sites.get(self.branches.first)
+        if site is None or site.path not in (self.inputs if site.side == "input" else self.outputs):
+            return None
+        middle = self.noise(self.state, 3)
+        changes: dict[tuple[str, str], Change] = {(site.path, site.side): lambda state: middle.view(state.shape)}
+        expected = self.run(middle, (self.second,))
+        size = root_mean_square(expected)
+        same = (self.equal(self.run(state, BRANCHES, changes), expected, size) for state in (self.state, self.other))
+        return site if all(same) else None
 
     def is_contribution(self, branch: Branch, path: str, multiplier: float) -> bool:
         """Whether the block continues as if the branch had added what replaces this output."""

@@ -115,7 +115,7 @@ class _PostNormSearch(SiteSearch):
                 if len(self.inner) == len(BRANCHES):
                     sites = {branch: self.sites_of(branch) for branch in BRANCHES}
                     sites["attention"] = replace(sites["attention"], returns_state=True)
-                    return BlockSites("attention", sites, uncalled)
+                    return BlockSites("attention", sites, uncalled, post_norm=True)
         self.search.refuse("no submodule returns the norm of the sum of its input and an output of its attention")
 
     def output_of(self, branch: Branch) -> tuple[str | None, float]:

@@ -228,7 +228,8 @@ class SiteAccess:
 
         module = self._block.get_submodule(str(branch.output))
         change = visit if multiplier == 1 else scaled
-        yield from _register(module, "output", kind, partial(_change_output, change))
+        write = partial(_change_output, change) if branch.side == "output" else partial(_change_input, change, None)
+        yield from _register(module, branch.side, kind, write)
 
     def _difference(self, visit: Change) -> tuple[Change, Iterator[RemovableHandle]]:
         """Visit the difference of a state from the block's input, after all interventions at that input."""
@@ -317,8 +318,8 @@ class ContributionNotes:
             self._passed.clear()
             self._before = read_input(args, kwargs, self._block).clone()  # some blocks change it in place
 
-        def leave(branch: BranchSites, args: Any, output: Any) -> None:
-            state = read_output(output).clone()
+        def leave(branch: BranchSites, args: Any, values: Any) -> None:
+            state = (read_output(values) if branch.side == "output" else read_input(args, values)).clone()
             if branch.returns_state and self._before is not None:
                 state = state - self._before.view_as(state)
             self._passed[branch.branch] = state * branch.multiplier
@@ -326,7 +327,7 @@ class ContributionNotes:
         yield from _register(self._block, "input", NoteHook, enter)
         for branch in branches:
             module = self._block.get_submodule(str(branch.output))
-            yield from _register(module, "output", NoteHook, partial(leave, branch))
+            yield from _register(module, branch.side, NoteHook, partial(leave, branch))
 
     def take(self) -> tuple[Tensor, dict[Branch, Tensor]]:
         """Return and forget the block's input and the contributions."""

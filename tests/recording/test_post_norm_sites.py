@@ -21,7 +21,7 @@ MIDDLE = {"bert": "attention.output.LayerNorm", "bart": "self_attn_layer_norm", 
 def model_of(kind: str) -> nn.Module:
     if kind not in causal_model_types():
         pytest.skip(f"this Transformers has no {kind}")
-    return tiny_model(kind, blocks=3)
+    return tiny_model(kind, blocks=4 if kind == "qwen4_exp_text" else 3)  # its fourth block has attention
 
 
 @pytest.mark.parametrize("kind", MIDDLE)
@@ -65,7 +65,7 @@ def test_a_changed_contribution_changes_the_state_between_the_branches(kind: str
         torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("kind", MIDDLE)
+@pytest.mark.parametrize("kind", [*MIDDLE, "qwen4_exp_text"])  # qwen4: several streams, which are mixed between
 @torch.no_grad()
 def test_without_both_contributions_a_block_returns_its_input(kind: str) -> None:
     model = model_of(kind)
@@ -76,6 +76,25 @@ def test_without_both_contributions_a_block_returns_its_input(kind: str) -> None
     assert not attention.any()
     torch.testing.assert_close(mlp, torch.zeros_like(mlp), atol=1e-6, rtol=0)
     torch.testing.assert_close(after, before)
+
+
+@torch.no_grad()
+def test_the_state_between_the_branches_is_read_where_a_submodule_receives_it() -> None:
+    model = model_of("qwen4_exp_text")
+    block, inputs, middles = find_stack(model)[1], tiny_inputs(model, tokens=9), list[Tensor]()
+    handle = block.mlp_hyper_connection.register_forward_pre_hook(lambda module, args: middles.append(args[0]))
+    with HiddenStateRecorder(model, [1], sites=CONTRIBUTIONS) as record:
+        model(**inputs)
+    before, attention, mlp, after = (record[site][1][0] for site in CONTRIBUTIONS)
+    assert torch.equal(attention, middles[-1] - before)
+    torch.testing.assert_close(mlp, after - middles[-1], atol=1e-5, rtol=1e-5)
+    added = torch.randn(before.shape[-1])
+    with Intervention(model, {("attention.output", 1): Add(added)}):
+        changed = model(**inputs).logits
+    handle.remove()
+    shift = block.mlp_hyper_connection.register_forward_pre_hook(lambda module, args: (args[0] + added, *args[1:]))
+    torch.testing.assert_close(model(**inputs).logits, changed)
+    shift.remove()
 
 
 @torch.no_grad()
