@@ -121,7 +121,7 @@ mutation: $(VENV)/.stamp-mutation ## Change the code in 300 places and count wha
 # Causal-LM types by name, or "others" for the second table alone; nothing for all of both.
 ROWS ?=
 
-architectures: $(VENV)/.stamp-test ## Examine every model and write docs/architectures.md (ROWS=others: its second table, ROWS=page: from stored results)
+architectures: $(VENV)/.stamp-test ## Examine every model and write docs/architectures.md (ROWS=others: its last table, ROWS=sites: activation sites, ROWS=page: from stored results)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.matrix $(ROWS)
 
 # Goes on where it stopped. A second process at the same time: PART=1/2 in a file of its own.

@@ -65,6 +65,7 @@ from streamline_hooks.modeling.hidden_state import (
 )
 from streamline_hooks.modeling.hooks import ChangeHook, OutermostCall, ReadHook, WatchedMask, in_backward, part_of_model
 from streamline_hooks.modeling.pooler import is_pooler_parameter, load_with_pooler, pooling_argument
+from streamline_hooks.modeling.post_norm_sites import block_sites_in, find_post_norm_sites
 from streamline_hooks.modeling.probe import (
     PROBE_TOKENS,
     ProbeFailedError,
@@ -136,6 +137,7 @@ __all__ = [
     "VariantOutputs",
     "WatchedMask",
     "WindowSums",
+    "block_sites_in",
     "branches_in",
     "branches_of",
     "by_token",
@@ -151,6 +153,7 @@ __all__ = [
     "evaluation_mode",
     "find_branch_sites",
     "find_branches",
+    "find_post_norm_sites",
     "find_sentence_folder",
     "find_stack",
     "find_stacks",

@@ -7,20 +7,22 @@ outputs hold three tensors, and verifies each by changing it while the block run
   replaced by any tensor r, the block must continue as if the branch had added r;
 - the input of the branch, after its norm. If it is fixed, the contribution must not depend on the block's input;
 - the heads, which the output projection of the attention reads. The same must hold.
+
+Blocks with a norm after each sum have other sites, see `streamline_hooks.modeling.find_post_norm_sites`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamline_hooks.core import StreamlineError, UnsupportedSurgery
-from streamline_hooks.modeling.block_call import BlockCall
+from streamline_hooks.modeling.block_call import BlockCall, Side, TensorSite
 from streamline_hooks.modeling.branches import BRANCHES, Branch, Branches, BranchSearch, root_mean_square, union
 from streamline_hooks.modeling.hidden_state import read_input, read_output, write_input, write_output
 from streamline_hooks.modeling.probe import SPLICES
@@ -52,6 +54,11 @@ class BranchSites:
         Number of heads and size of a head.
     reasons : mapping
         For each of "output", "input" and "heads" that is missing, the reason.
+    returns_state : bool
+        Whether the output is the state after the branch, so that the contribution is its difference from the state that
+        enters the block.
+    side : {"input", "output"}
+        "input" if the submodule `output` receives this state instead of returning it.
     """
 
     branch: Branch
@@ -61,6 +68,8 @@ class BranchSites:
     projection: str | None
     heads: tuple[int, int] | None
     reasons: Mapping[str, str]
+    returns_state: bool = False
+    side: Side = "output"
 
 
 @dataclass(frozen=True)
@@ -72,10 +81,17 @@ class BlockSites:
     first : {"attention", "mlp"} or None
         The branch that runs first; None if both read the block's input.
     branches : mapping of str to BranchSites
+    uncalled : tuple of str
+        Children of the block that were not called, such as the cross-attention of a decoder without an encoder. If they
+        are called, the sites are not those of the block.
+    post_norm : bool
+        Whether the block normalizes the state after each branch, and the contributions contain the norms.
     """
 
     first: Branch | None
     branches: Mapping[Branch, BranchSites]
+    uncalled: tuple[str, ...] = ()
+    post_norm: bool = False
 
     @property
     def last(self) -> Branch:
@@ -83,29 +99,55 @@ class BlockSites:
         return "attention" if self.first == "mlp" else "mlp"
 
 
-def find_branch_sites(call: BlockCall, branches: Branches) -> BlockSites:
+def uncalled_children(call: BlockCall) -> tuple[str, ...]:
+    """Return the children of a block with weight matrices that a run does not call or use otherwise."""
+    called: set[str] = set()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in call.block.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
+        output = call.run(call.state, {})
+        called = {name.partition(".")[0] for name in called}
+        uncalled = [
+            name
+            for name, child in call.block.named_children()
+            if name not in called and any(parameter.ndim > 1 for parameter in child.parameters())
+        ]
+        zeros = {
+            name: torch.zeros_like(parameter)
+            for name, parameter in call.block.named_parameters()
+            if name.partition(".")[0] in uncalled
+        }
+        return tuple(uncalled) if torch.equal(call.run(call.state, zeros), output) else ()
+
+
+def find_branch_sites(call: BlockCall, branches: Branches, uncalled: tuple[str, ...] = ()) -> BlockSites:
     """Find the sites of the two branches of a block from one call without padding, in evaluation mode.
 
-    Raises `UnsupportedSurgery` if the contribution of neither branch is the output of a submodule.
+    `uncalled` are the `uncalled_children`. Raises `UnsupportedSurgery` if the contribution of neither branch is the
+    output of a submodule.
     """
     with torch.no_grad():
-        search = _SiteSearch(call, branches)
+        search = SiteSearch(call, branches, uncalled)
         sites = {branch: search.sites_of(branch) for branch in BRANCHES}
-    readable = [site for site in sites.values() if site.output is not None]
-    if not readable:
+        readable = [site for site in sites.values() if site.output is not None]
+        between = None if readable else search.state_between()
+    if between is not None and branches.first is not None:
+        first = replace(sites[branches.first], output=between.path, side=between.side, returns_state=True)
+        sites[branches.first] = first
+    elif not readable:
         raise UnsupportedSurgery(
             f"The contributions of the branches of {type(call.block).__name__} cannot be read: none of its submodules "
             "returns what its attention or its MLP adds to the state."
         )
-    return BlockSites(branches.first, sites)
+    return BlockSites(branches.first, sites, uncalled)
 
 
-class _SiteSearch:
+class SiteSearch:
     """The steps of `find_branch_sites` for one call of a block."""
 
-    def __init__(self, call: BlockCall, branches: Branches) -> None:
+    def __init__(self, call: BlockCall, branches: Branches, uncalled: tuple[str, ...] = ()) -> None:
         self.call, self.block, self.branches = call, call.block, branches
-        self.search = BranchSearch(call, SPLICES)
+        self.search = BranchSearch(call, (*SPLICES, *uncalled))
         self.state = call.state
         writers = branches.writers
         every = [name for names in writers.values() for name in names]
@@ -125,6 +167,7 @@ class _SiteSearch:
 
     @property
     def second(self) -> Branch:
+        """The branch that runs second, or the MLP of parallel branches."""
         return BRANCHES[1 - BRANCHES.index(self.branches.first or "attention")]
 
     def noise(self, like: Tensor, seed: int) -> Tensor:
@@ -167,6 +210,7 @@ class _SiteSearch:
         return once[0], once[1]
 
     def sites_of(self, branch: Branch) -> BranchSites:
+        """Find the sites of one branch."""
         reasons: dict[str, str] = {}
         output, multiplier = self.output_of(branch)
         if output is None:
@@ -182,6 +226,7 @@ class _SiteSearch:
     def run(
         self, state: Tensor, on: tuple[Branch, ...], changes: Mapping[tuple[str, str], Change] | None = None
     ) -> Tensor:
+        """Run the block without the branches that are not in `on`, and change inputs or outputs of submodules."""
         with ExitStack() as hooks:
             for (path, side), change in (changes or {}).items():
                 hooks.enter_context(changing(self.block.get_submodule(path), side, change))
@@ -203,6 +248,18 @@ class _SiteSearch:
             if is_multiple and self.is_contribution(branch, path, multiplier):
                 return path, multiplier
         return None, 1.0
+
+    def state_between(self) -> TensorSite | None:
+        """Return where to read the state after the first branch, if the block continues from any tensor there."""
+        site = None if self.branches.first is None else self.branches.sites.get(self.branches.first)
+        if site is None or site.path not in (self.inputs if site.side == "input" else self.outputs):
+            return None
+        middle = self.noise(self.state, 3)
+        changes: dict[tuple[str, str], Change] = {(site.path, site.side): lambda state: middle.view(state.shape)}
+        expected = self.run(middle, (self.second,))
+        size = root_mean_square(expected)
+        same = (self.equal(self.run(state, BRANCHES, changes), expected, size) for state in (self.state, self.other))
+        return site if all(same) else None
 
     def is_contribution(self, branch: Branch, path: str, multiplier: float) -> bool:
         """Whether the block continues as if the branch had added what replaces this output."""

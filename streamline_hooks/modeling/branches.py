@@ -150,7 +150,7 @@ def find_branches(call: BlockCall, apart: Collection[str] = ()) -> Branches:
     children that are not part of the block's forward (spliced modules). Raises `UnsupportedSurgery` with the missing
     property if the block does not have two branches.
     """
-    _require_readable(call)
+    require_readable(call)
     with torch.no_grad():
         search = BranchSearch(call, apart)
         search.require_repeatable()
@@ -355,7 +355,8 @@ class BranchSearch:
         return bool((a - b).abs().max() <= self.tolerance * b.abs().max())
 
 
-def _require_readable(call: BlockCall) -> None:
+def require_readable(call: BlockCall) -> None:
+    """Raise `UnsupportedSurgery` if the states of a call have a layout in which branches are not found."""
     name, block, state = type(call.block).__name__, call.block, call.state
     if (
         layout_of(block) != DEFAULT_LAYOUT

@@ -172,6 +172,10 @@ class HiddenStateRecorder:
     are found by running it on a few tokens when the recorder is first opened on it. In the first recorded call of a
     block its input and the two contributions must sum to its output to 1e-5. A site that cannot be read is refused.
 
+    A block with a norm after each sum, such as that of BERT, computes m = N(x + A(x)) and z = P(m + M(m)). Its
+    contributions contain the norms: they are the changes m - x and z - m of the state. A call that runs a part of the
+    block that did not run when the sites were found, such as the cross-attention of a decoder, is refused.
+
     A model may be compiled with ``torch.compile`` while the recorder is open: graphs then contain an operator for each
     state, without graph breaks and further compilations. The model is compiled anew for each recorder.
 

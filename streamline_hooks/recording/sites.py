@@ -1,7 +1,7 @@
 """Find the standard sites of a model, and read or change the tensors that pass them.
 
 A site is a tensor that every transformer computes, such as what an attention adds to the residual stream. It is found
-by running each block on a few tokens, not by the names of modules, see `streamline_hooks.modeling.find_branch_sites`.
+by running each block on a few tokens, not by the names of modules, see `streamline_hooks.modeling.block_sites_in`.
 
 Hooks at the same site run in the order in which they were registered: a recorder that was opened before an intervention
 records the tensor before the change. `RemainderHook` and `NoteHook` make the two exceptions that keep this order true
@@ -24,7 +24,6 @@ from torch.utils.hooks import RemovableHandle
 
 from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, weights_in_memory
 from streamline_hooks.modeling import (
-    BlockCall,
     BlockSites,
     BlockStack,
     Branch,
@@ -33,9 +32,8 @@ from streamline_hooks.modeling import (
     ChangeHook,
     GraphCallback,
     ReadHook,
-    branches_in,
+    block_sites_in,
     by_token,
-    find_branch_sites,
     get_logits,
     in_backward,
     observe_calls,
@@ -148,7 +146,12 @@ class SiteAccess:
             yield from _register(block, "input", kind, partial(_change_input, visit, block))
         elif self.site == "block.output":
             yield from _register(self.stack[self.k], "output", kind, partial(_change_output, visit))
-        elif self.site == "attention.heads":
+        else:
+            yield from self._guards()
+            yield from self._branch_hooks(visit, kind)
+
+    def _branch_hooks(self, visit: Change, kind: type[ReadHook]) -> Iterator[RemovableHandle]:
+        if self.site == "attention.heads":
             yield from self._input_hooks((str(self._branch.projection),), self._split_heads(visit), kind)
         elif self.site.endswith(".input"):
             yield from self._input_hooks(self._branch.readers, visit, kind)
@@ -167,6 +170,21 @@ class SiteAccess:
     def _block(self) -> nn.Module:
         assert self.k is not None
         return self.stack[self.k]
+
+    def _guards(self) -> Iterator[RemovableHandle]:
+        """Raise if a child of the block runs that did not run when the sites were found."""
+        assert self.branches is not None
+
+        def refuse(path: str, *_: Any) -> None:
+            raise UnsupportedSurgery(
+                f"{self} cannot be read in this call: it runs {path} of {type(self._block).__name__}, such as "
+                "cross-attention, which was not called when the sites were found, and whose contribution is unknown. "
+                "Expected the same computation in every forward pass. Record block.output instead."
+            )
+
+        for path in self.branches.uncalled:
+            for module in self._block.get_submodule(path).modules():  # a list of modules is not called itself
+                yield from _register(module, "input", ReadHook, partial(refuse, path))
 
     def _split_heads(self, visit: Change) -> Change:
         heads = self._branch.heads
@@ -194,6 +212,9 @@ class SiteAccess:
             yield from _register(module, "input", kind, partial(_change_input, change, None))
 
     def _output_hooks(self, branch: BranchSites, visit: Change, kind: type[ReadHook]) -> Iterator[RemovableHandle]:
+        if branch.returns_state:
+            visit, input_hooks = self._difference(visit)
+            yield from input_hooks
         visit, shape_hooks = self._with_token_axes(visit)
         yield from shape_hooks
         multiplier = branch.multiplier
@@ -208,7 +229,26 @@ class SiteAccess:
 
         module = self._block.get_submodule(str(branch.output))
         change = visit if multiplier == 1 else scaled
-        yield from _register(module, "output", kind, partial(_change_output, change))
+        write = partial(_change_output, change) if branch.side == "output" else partial(_change_input, change, None)
+        yield from _register(module, branch.side, kind, write)
+
+    def _difference(self, visit: Change) -> tuple[Change, Iterator[RemovableHandle]]:
+        """Visit the difference of a state from the block's input, after all interventions at that input."""
+        before: list[Tensor] = []
+
+        def enter(args: Any, kwargs: Any) -> None:
+            before[:] = [read_input(args, kwargs, self._block).clone()]  # some blocks change it in place
+
+        def difference(state: Tensor) -> Tensor | None:
+            entering = before.pop().view_as(state)
+            contribution = state - entering
+            changed = visit(contribution)
+            if changed is None:
+                return None
+            unchanged = state + (changed - contribution)  # bitwise, and with the gradient of the change
+            return torch.where(changed == contribution, unchanged, entering + changed)
+
+        return difference, _register(self._block, "input", NoteHook, enter)
 
     def _with_token_axes(self, visit: Change) -> tuple[Change, Iterator[RemovableHandle]]:
         """Give the tensors of a submodule that flattens the tokens the shape (batch, tokens, ...)."""
@@ -279,13 +319,16 @@ class ContributionNotes:
             self._passed.clear()
             self._before = read_input(args, kwargs, self._block).clone()  # some blocks change it in place
 
-        def leave(branch: BranchSites, args: Any, output: Any) -> None:
-            self._passed[branch.branch] = read_output(output).clone() * branch.multiplier
+        def leave(branch: BranchSites, args: Any, values: Any) -> None:
+            state = (read_output(values) if branch.side == "output" else read_input(args, values)).clone()
+            if branch.returns_state and self._before is not None:
+                state = state - self._before.view_as(state)
+            self._passed[branch.branch] = state * branch.multiplier
 
         yield from _register(self._block, "input", NoteHook, enter)
         for branch in branches:
             module = self._block.get_submodule(str(branch.output))
-            yield from _register(module, "output", NoteHook, partial(leave, branch))
+            yield from _register(module, branch.side, NoteHook, partial(leave, branch))
 
     def take(self) -> tuple[Tensor, dict[Branch, Tensor]]:
         """Return and forget the block's input and the contributions."""
@@ -442,18 +485,8 @@ def branch_sites_of(
             calls = observe_calls({k: stack[k] for k in unknown}, run)
             for k, call in calls.items():
                 with weights_in_memory(stack[k]):
-                    _KNOWN[stack[k]] = structures[k], _sites_in(call)
+                    _KNOWN[stack[k]] = structures[k], block_sites_in(call)
     return {k: _KNOWN[stack[k]][1] for k in blocks}
-
-
-def _sites_in(call: BlockCall | UnsupportedSurgery) -> BlockSites | UnsupportedSurgery:
-    branches = branches_in(call)
-    if isinstance(call, UnsupportedSurgery) or isinstance(branches, UnsupportedSurgery):
-        return branches if isinstance(branches, UnsupportedSurgery) else UnsupportedSurgery(str(call))
-    try:
-        return find_branch_sites(call, branches)
-    except UnsupportedSurgery as error:
-        return error
 
 
 def _structure(block: nn.Module) -> Any:
@@ -471,6 +504,12 @@ def _module_of(stack: BlockStack, site: Site, probe: Batch | Tensor | None) -> n
             raise UnsupportedSurgery(
                 f"embeddings of {type(model).__name__} cannot be read: it has no get_input_embeddings(). Expected a "
                 "Transformers model. Use block.input of block 0, the state that enters the stack."
+            )
+        if type(module).forward is nn.Module.forward:
+            raise UnsupportedSurgery(
+                f"embeddings of {type(model).__name__} cannot be read: its input embeddings are a "
+                f"{type(module).__name__} of several modules. Expected one module that returns the embeddings. Use "
+                "block.input of block 0, the state that enters the stack."
             )
         return module
     with probing(stack, [len(stack) - 1], probe) as run, torch.no_grad():

@@ -21,8 +21,10 @@ from streamline_hooks.testing.cached_generation import compare_decoding, compare
 from streamline_hooks.testing.checkpoint_round_trip import assert_logits_match
 from streamline_hooks.testing.compare import describe_difference, model_output, real_token_mask
 from streamline_hooks.testing.model_state import ModelState
+from tests.architectures.examine_sites import examine_sites
 
 BLOCKS, TOKENS, STEPS = 8, 12, 5
+SITE_BLOCKS = 4  # hybrid types repeat their kinds of blocks after at most four
 WINDOWS = {
     "first": range(0, 1),
     "middle": range(4, 5),
@@ -46,6 +48,8 @@ class Row:
         The library's message for each refused window.
     states : str
         "ok" if recorded inputs equal ``output_hidden_states``, "" if the type returns other states.
+    sites : dict
+        Results of `examine_sites`.
     unbuilt : str
         Why the type cannot be examined.
     """
@@ -56,6 +60,7 @@ class Row:
     own: dict[str, bool] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     states: str = ""
+    sites: dict[str, str] = field(default_factory=dict)
     unbuilt: str = ""
 
 
@@ -90,6 +95,7 @@ def examine(model_type: str) -> Row:
     }
     row.own = {name: passes(check) for name, check in own.items()}
     row.states = recorded_states(model)
+    row.sites = sites_of(model_type)
     before = ModelState(model)
     before.run_ignoring_changes(lambda: passes(lambda: generates(model, None)))  # with and without a cache
     for name, window in WINDOWS.items():
@@ -108,6 +114,11 @@ def examine(model_type: str) -> Row:
             row.windows[name] = f"WRONG: not restored ({changes[0]}); {row.windows[name]}"
     gc.collect()
     return row
+
+
+def sites_of(model_type: str) -> dict[str, str]:
+    """Return the results of `examine_sites` for a tiny model of a type."""
+    return examine_sites(tiny_model(model_type, blocks=SITE_BLOCKS))
 
 
 def faults(model: nn.Module, window: range, own: dict[str, bool]) -> list[str]:

@@ -7,12 +7,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, UnsupportedSurgery, find_stack
+from streamline_hooks import HiddenStateRecorder, StreamlineError, find_stack
 from streamline_hooks.core import prepare_inputs
+from streamline_hooks.modeling import BlockSites, block_sites_in, observe_blocks
 from streamline_hooks.recording import MODEL_SITES, Intervention, Scale
 from streamline_hooks.testing import tiny_inputs
 
 CONTRIBUTIONS = ("attention.output", "mlp.output")
+READ_ONLY = "can be recorded but not changed"
+WITH_NORMS = "with norms"
 SITES = (*CONTRIBUTIONS, "attention.input", "mlp.input", "attention.heads", *MODEL_SITES)
 TOLERANCE = 1e-5
 
@@ -20,12 +23,20 @@ TOLERANCE = 1e-5
 def examine_sites(model: nn.Module) -> dict[str, str]:
     """Return, for each of `SITES`, "ok", the reason of its refusal, or "WRONG" with the failed check.
 
-    A site of a block is ok if all blocks have it.
+    A site of a block is ok if all blocks have it. The reason of a site that can be read in all blocks, but not changed
+    in all, contains `READ_ONLY`. For blocks with a norm after each sum, the result of an ok contribution is
+    `WITH_NORMS`.
     """
     inputs = prepare_inputs(model, tiny_inputs(model, tokens=12))
     if fault_of(model, SITES, inputs) == "":
-        return dict.fromkeys(SITES, "ok")
-    return {site: fault_of(model, (site,), inputs) or "ok" for site in SITES}
+        results = dict.fromkeys(SITES, "ok")
+    else:
+        results = {site: fault_of(model, (site,), inputs) or "ok" for site in SITES}
+    with observe_blocks(find_stack(model), [0], inputs) as calls:
+        block = block_sites_in(calls[0])
+    if isinstance(block, BlockSites) and block.post_norm:
+        results |= {site: WITH_NORMS for site in CONTRIBUTIONS if results[site] == "ok"}
+    return results
 
 
 @torch.no_grad()
@@ -46,7 +57,7 @@ def fault_of(model: nn.Module, sites: tuple[str, ...], inputs: dict[str, Any]) -
         }
         with Intervention(model, edits):
             changed = model(**inputs)[0]
-    except UnsupportedSurgery as error:
+    except StreamlineError as error:
         return str(error)
     except Exception as error:
         return f"WRONG: {type(error).__name__}: {error}"[:200]

@@ -1,8 +1,12 @@
-"""Examine models and write docs/architectures.md: python -m tests.architectures.matrix [TYPE ... | others | page]
+"""Examine models and write docs/architectures.md.
+
+python -m tests.architectures.matrix [TYPE ... | others | sites [TYPE ...] | page]
 
 Without arguments all causal language model types (first table) and all other models (second table) are examined. With
-types only these types are examined, with "others" only the second table, and with "page" the page is written from the
-stored results without examining a model.
+types only these types are examined, and with "others" only the second table. With "sites" only the activation sites of
+types are examined, by default of those without stored results, or of all types if none lack them; each result is stored
+at once, so the command continues after an interruption. With "page" the page is written from the stored results without
+examining a model.
 """
 
 from __future__ import annotations
@@ -12,19 +16,26 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+
+from tests.architectures.examine_sites import CONTRIBUTIONS, READ_ONLY, WITH_NORMS
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = Path(__file__).with_name("table.json")
 PAGE = ROOT / "docs" / "architectures.md"
 SINGLE = ("first", "middle", "last")
 LONGEST = 220  # characters of a reason
+COLUMNS = ("type", "block stack", "unmodified", *SINGLE, "three", "recorded states", "branches", "heads",
+           "reason for refusal")  # fmt: skip
 
 
 def main() -> None:
@@ -45,12 +56,16 @@ def main() -> None:
             f"{transformers.__version__}. Expected one version for all rows. Generate both tables again (make "
             "architectures)."
         )
-    types = [t for t in arguments if t != "others"] if arguments else causal_model_types()
+    only_sites = arguments[:1] == ["sites"]
+    types = [t for t in arguments[only_sites:] if t != "others"] if arguments else causal_model_types()
     if unknown := sorted(set(types) - set(causal_model_types())):
         sys.exit(
             f"{', '.join(unknown)}: not a causal-LM type of the installed Transformers. Expected names of "
             "streamline_hooks.testing.causal_model_types(), or others. Nothing was written."
         )
+    if only_sites:
+        update_sites(stored, types)
+        return
     started = time.time()
     with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1), maxtasksperchild=40) as pool:
         for row in pool.imap_unordered(row_of, types):
@@ -61,9 +76,33 @@ def main() -> None:
             for row in others:
                 print(f"{row['case']:<28} {verdict_of_other(row)}")
     content = {"transformers": transformers.__version__, "rows": dict(sorted(rows.items())), "others": others}
-    ROWS.write_text(json.dumps(content, indent=1) + "\n")
+    store(content)
     PAGE.write_text(page(content))
     print(f"{len(types)} types examined in {time.time() - started:.0f} s. The page is {PAGE}.")
+
+
+def store(content: dict[str, Any]) -> None:
+    """Write the results of both tables, at once, so that an interruption does not damage the file."""
+    new = ROWS.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(ROWS)
+
+
+def update_sites(content: dict[str, Any], types: list[str]) -> None:
+    """Examine the activation sites of stored types again, and store each result at once."""
+    from tests.architectures import examine
+
+    calm()
+    rows = {name: row for name, row in content["rows"].items() if not row["unbuilt"]}
+    if unknown := sorted(set(types) - set(rows)):
+        sys.exit(
+            f"{', '.join(unknown)}: not examined yet. Expected types that have a row with windows. Omit the word sites."
+        )
+    for name in types or [name for name, row in rows.items() if not row.get("sites")] or list(rows):
+        rows[name]["sites"] = examine.sites_of(name)
+        store(content)
+        print(f"{name:<28} {sites_verdict(rows[name])}", flush=True)
+    PAGE.write_text(page(content))
 
 
 def row_of(model_type: str) -> dict[str, Any]:
@@ -102,7 +141,28 @@ def line(row: dict[str, Any]) -> str:
 def verdict(row: dict[str, Any]) -> str:
     if row["unbuilt"]:
         return f"not examined: {row['unbuilt']}"
-    return ", ".join(f"{name} {result}" for name, result in row["windows"].items())
+    return ", ".join([*(f"{name} {result}" for name, result in row["windows"].items()), sites_verdict(row)])
+
+
+def sites_verdict(row: dict[str, Any]) -> str:
+    return f"branches {branches(row)}, heads {status(row['sites']['attention.heads'])}"
+
+
+STATUSES = ("ok", WITH_NORMS, "read only", "refused", "WRONG")
+"""Possible results of an activation site, from the best to the worst."""
+
+
+def status(result: str) -> str:
+    """Return the status of the result of an activation site."""
+    if result in ("ok", WITH_NORMS):
+        return result
+    prefix = result.partition(":")[0]
+    return prefix if prefix == "WRONG" else "read only" if prefix.endswith(READ_ONLY) else "refused"
+
+
+def branches(row: dict[str, Any]) -> str:
+    """Return the status of the two contributions, the worse if they differ; empty if they were not examined."""
+    return max((status(row["sites"][site]) for site in CONTRIBUTIONS if row["sites"]), key=STATUSES.index, default="")
 
 
 def verdict_of_other(row: dict[str, Any]) -> str:
@@ -115,8 +175,9 @@ def supported(row: dict[str, Any]) -> bool:
 
 
 def wrong(row: dict[str, Any]) -> list[str]:
-    """Return the windows with a failed check."""
-    return [f"{name}: {result}" for name, result in row["windows"].items() if result.startswith("WRONG")]
+    """Return the windows and the activation sites with a failed check."""
+    results = {**row["windows"], **row["sites"]}
+    return [f"{name}: {result}" for name, result in results.items() if result.startswith("WRONG")]
 
 
 def worse(row: dict[str, Any], committed: dict[str, Any]) -> list[str]:
@@ -125,6 +186,10 @@ def worse(row: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     for name, result in committed["windows"].items():
         if result == "ok" and row["windows"].get(name) != "ok":
             regressions.append(f"{name} was ok and is {row['windows'].get(name)}: {row['reasons'].get(name, '')}")
+    for site, result in committed["sites"].items():
+        reason = row["sites"].get(site, "not examined")
+        if STATUSES.index(status(reason)) > STATUSES.index(status(result)):
+            regressions.append(f"{site} was {status(result)} and is {status(reason)}: {reason}")
     # Checks that the unmodified model fails are not applied, so a fault of a check could go unnoticed.
     regressions += [
         f"the unmodified model no longer passes {name}"
@@ -141,6 +206,7 @@ def page(content: dict[str, Any]) -> str:
 
     rows = content["rows"]
     full, faults = [r for r in rows.values() if supported(r)], [r for r in rows.values() if wrong(r)]
+    counts = site_counts(full)
     lines = [
         "# Supported architectures",
         "",
@@ -167,12 +233,21 @@ def page(content: dict[str, Any]) -> str:
         "*three* is a window of three blocks. The column *recorded states* is ok if the recorded inputs of the blocks "
         "equal `output_hidden_states`; some types return other states there.",
         "",
-        "| type | block stack | unmodified | first | middle | last | three | recorded states | reason for refusal |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "The column *branches* is ok if [`attention.output` and `mlp.output`](how_to/activations.md) can be recorded "
+        "and changed in every block, and sum with the input of the block to its output; *with norms* means that this "
+        "holds for contributions that contain the norm after each sum. The column *heads* is ok if "
+        "[`attention.heads`](how_to/activations.md) can be recorded and changed in every block. Of the fully "
+        f"supported types, {counts['branches']} have both branches ({counts[WITH_NORMS]} of them with norms, "
+        f"{counts['read only']} read only) and {counts['heads']} have heads. [The next "
+        "table](#refused-activation-sites) has the reasons for refused sites.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
     ]
     for row in rows.values():
         if row["unbuilt"]:
-            lines.append(f"| {row['model_type']} | | | | | | | | not examined: {row['unbuilt']} |")
+            empty = "| " * (len(COLUMNS) - 2)
+            lines.append(f"| {row['model_type']} {empty}| not examined: {row['unbuilt']} |")
             continue
         own = "".join(
             letter if row["own"][name] else "·"
@@ -181,10 +256,47 @@ def page(content: dict[str, Any]) -> str:
         cells = [row["windows"].get(name, "") for name in (*SINGLE, "three")]
         reasons = sorted({shortened(reason) for reason in row["reasons"].values()})
         states = row["states"] or "not comparable"
-        lines.append(
-            f"| {row['model_type']} | {row['path']} | {own} | {' | '.join(cells)} | {states} | {'; '.join(reasons)} |"
-        )
-    return "\n".join([*lines, "", *section(content["others"], content["transformers"])]) + "\n"
+        cells += [states, branches(row), status(row["sites"]["attention.heads"]), "; ".join(reasons)]
+        lines.append(f"| {row['model_type']} | {row['path']} | {own} | {' | '.join(cells)} |")
+    lines += ["", *refused_sites(rows.values()), ""]
+    return "\n".join([*lines, *section(content["others"], content["transformers"])]) + "\n"
+
+
+def site_counts(rows: list[dict[str, Any]]) -> Counter[str]:
+    """Return how many types have both branches, how many of them with each status, and how many have heads."""
+    counts = Counter(branches(row) for row in rows)
+    counts["branches"] = counts["ok"] + counts[WITH_NORMS] + counts["read only"]
+    counts["heads"] = sum(row["sites"]["attention.heads"] == "ok" for row in rows)
+    return counts
+
+
+def refused_sites(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of refused activation sites, with one line per reason and its sites."""
+    types: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        sites: dict[str, list[str]] = {}
+        for site, result in row["sites"].items():
+            if status(result) not in ("ok", WITH_NORMS):
+                sites.setdefault(site_reason(result), []).append(f"`{site}`")
+        for reason, names in sites.items():
+            types.setdefault((reason, ", ".join(names)), []).append(row["model_type"])
+    return [
+        "### Refused activation sites",
+        "",
+        "A site is refused if one of the blocks does not have it. The other sites of these types are ok.",
+        "",
+        "| reason | sites | types |",
+        "|---|---|---|",
+        *(f"| {reason} | {sites} | {', '.join(names)} |" for (reason, sites), names in sorted(types.items())),
+    ]
+
+
+def site_reason(result: str) -> str:
+    """Return the reason for the refusal of an activation site, without its block, its class and its advice."""
+    text = " ".join(result.partition(". Expected")[0].replace("|", "/").split())
+    reason = re.split(f" cannot be read: | {READ_ONLY}: | does not have two residual branches: ", text)[-1]
+    reason = re.sub(r"^Cannot find the branches of \w+: | \([\w.]+\)$", "", reason)  # the path of the stack
+    return reason if status(result) == "refused" else f"{status(result)}: {reason}"
 
 
 def shortened(reason: str) -> str:
