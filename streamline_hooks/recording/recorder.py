@@ -207,7 +207,7 @@ class HiddenStateRecorder:
     ------
     StreamlineError
         If the model is compiled, a site is unknown, or a block index is out of range. When the recorder is closed: if
-        the model ran but nothing was recorded.
+        compiled code of the model ran but nothing was recorded.
     UnsupportedSurgery
         When the recorder is opened: if a site cannot be read. In the first call of a block: if its input and the two
         contributions do not sum to its output.
@@ -277,7 +277,7 @@ class HiddenStateRecorder:
         self._latest: tuple[Tensor, int | None, Tensor] | None = None
         self._flow = StateFlowCheck(self.stack)
         self._with_graph = False
-        self._model_ran = self._has_recorded = False
+        self._ran_compiled = self._has_recorded = False
 
     def __enter__(self) -> Self:
         if self._handles:
@@ -288,7 +288,7 @@ class HiddenStateRecorder:
             require_batch_first(self.stack[0])
         accesses = self._other_sites()
         self._targets.clear()
-        self._model_ran = self._has_recorded = False
+        self._ran_compiled = self._has_recorded = False
         try:
             self._handles += self._call.hooks(self.stack.ancestors)
             self._handles.append(self.model.register_forward_hook(ReadHook(self.model, self._note_run)))
@@ -330,12 +330,12 @@ class HiddenStateRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove_hooks()
-        if kind is None and self._model_ran and not self._has_recorded:
+        if kind is None and self._ran_compiled and not self._has_recorded:
             raise StreamlineError(
-                f"{type(self.model).__name__} ran, but nothing was recorded: none of {', '.join(self.sites)} was "
-                "reached, or the model was compiled before the recorder was opened. Expected a model that runs the "
-                "recorded blocks. Open the recorder before torch.compile, and call torch.compiler.reset() before "
-                "opening another one."
+                f"{type(self.model).__name__} ran in compiled code, but nothing was recorded: it was compiled before "
+                "the recorder was opened, or runs none of the recorded blocks. Expected a model that is compiled "
+                "afterwards. Open the recorder before torch.compile, and call torch.compiler.reset() before opening "
+                "another one."
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -492,7 +492,8 @@ class HiddenStateRecorder:
         states.append(self._convert(state, batch_first))
 
     def _note_run(self, *values: Any) -> None:
-        self._model_ran = True
+        if torch.compiler.is_compiling():
+            self._ran_compiled = True
 
     def _stop_forward(self, *values: Any) -> None:
         raise ForwardStopped(_STOPPED)

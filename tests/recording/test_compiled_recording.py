@@ -105,7 +105,9 @@ def test_a_recorder_that_is_opened_after_compilation_does_not_pass_unnoticed(sit
     with torch.no_grad():
         compiled = Graphs(model)
         compiled.run(**left_padded_batch(2, 5))
-        with pytest.raises(StreamlineError, match=r"ran, but nothing was recorded.*before torch.compile"):
+        with pytest.raises(
+            StreamlineError, match=r"ran in compiled code, but nothing was recorded.*before torch.compile"
+        ):
             with HiddenStateRecorder(model, [2], sites=sites):
                 compiled.run(**left_padded_batch(2, 5))
 
