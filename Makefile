@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test golden golden-check golden-slow coverage oldest engines lint docs notebooks architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test test-long golden golden-check golden-slow coverage oldest engines lint docs notebooks architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -38,6 +38,10 @@ demo: $(VENV)/.stamp-demo ## Remove 2 blocks of a real model, repair the loss, a
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.stamp-test ## Run the tests and the doctests
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
+
+test-long: export OMP_NUM_THREADS ?= 1
+test-long: $(VENV)/.stamp-test ## Run the tests that take minutes: notebooks, the demo, large checkpoints (20 minutes on two cores)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m long $(PYTEST_ARGS)
 
 coverage: export OMP_NUM_THREADS ?= 1
 coverage: $(VENV)/.stamp-test ## Measure what the tests reach: at least 95 % (25 minutes on two cores)
@@ -64,11 +68,10 @@ OLDEST := transformers==4.56.*
 OLDEST_NEEDS := hypothesis pytest pytest-randomly pytest-xdist
 OLDEST_TESTS := tests/surgery tests/training tests/core/test_batch.py tests/modeling/test_watched_mask.py \
 	$(filter-out $(addprefix tests/recording/test_,compiled% activation_store_killed%),$(wildcard tests/recording/test_*.py)) \
-	$(filter-out $(addprefix tests/evaluation/test_,evaluate_batches% task% collapse% degeneration%), \
-		$(wildcard tests/evaluation/test_*.py)) \
+	$(addprefix tests/evaluation/test_,agreement.py evaluate.py measures.py sliding.py) \
 	$(filter-out $(addprefix tests/checkpoint/test_,stream% blockwise% loading_config%),$(wildcard tests/checkpoint/test_*.py)) \
 	$(addprefix tests/architectures/test_,other_models.py properties.py) \
-	$(addprefix tests/testing/test_,assertions.py model_state.py planted_faults.py) \
+	$(addprefix tests/testing/test_,assertions.py model_state.py) \
 	$(addprefix tests/modeling/test_,block_stack.py forward.py generation.py hidden_state.py hooks.py pooler.py)
 
 oldest: export OMP_NUM_THREADS ?= 1

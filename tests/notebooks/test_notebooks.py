@@ -26,6 +26,7 @@ def test_the_stored_outputs_are_complete_and_current(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path, smollm2: Any, tmp_path: Path) -> None:
     """`smollm2` skips where the weights are not installed."""

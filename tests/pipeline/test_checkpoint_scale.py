@@ -44,6 +44,7 @@ MEASURED = """
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("sys.platform != 'linux'", reason="the figure is read from /proc")
 def test_three_hundred_million_weights(tmp_path: Path) -> None:
     write_llama(tmp_path / "300m", config_of("300m"))

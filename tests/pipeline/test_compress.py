@@ -414,6 +414,7 @@ def test_a_tokenizer_of_another_model(story_model: tuple[Any, Any], story_texts:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_loses_a_quarter_of_its_blocks(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     """A real model, a fraction of the demo's tokens, and a new process that reads the result."""
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]

@@ -39,6 +39,7 @@ def test_make_demo_uses_the_config() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_keeps_most_of_what_is_solved(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
     config = CompressionConfig.load(CONFIG)
