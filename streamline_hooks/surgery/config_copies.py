@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass, replace
 from types import SimpleNamespace
 from typing import Any
-from weakref import ReferenceType, WeakSet, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from torch import nn
 
@@ -208,11 +208,18 @@ def _refers_to_copied(value: Any, changing: dict[int, Any], unrelated: set[int])
     return False
 
 
+_CONFIG_TYPES: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # every attribute of every module is asked
+
+
 def _is_config(value: Any) -> bool:
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
+    if isinstance(value, type):
         return False
-    is_plain = is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace))
-    return is_plain or callable(getattr(type(value), "get_text_config", None))
+    kind = type(value)
+    is_config = _CONFIG_TYPES.get(kind)
+    if is_config is None:
+        is_plain = is_dataclass(kind) or issubclass(kind, (SimpleNamespace, Namespace))
+        is_config = _CONFIG_TYPES[kind] = is_plain or callable(getattr(kind, "get_text_config", None))
+    return is_config and hasattr(value, "__dict__")
 
 
 def _swap_attribute(module: nn.Module | None, name: str, old: Any, new: Any) -> None:

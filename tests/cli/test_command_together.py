@@ -53,6 +53,7 @@ def test_two_processes_write_what_one_writes(stories_folder: Path, story_texts: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_compress_block_by_block_as_one(
     stories_folder: Path, story_texts: list[str], tmp_path: Path
 ) -> None:

@@ -175,6 +175,7 @@ def test_a_head_that_repeats_is_told(
     assert "repetitive: 98%" in text
 
 
+@pytest.mark.long
 def test_a_reasoning_model_is_told_everywhere(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:

@@ -157,6 +157,7 @@ def test_what_a_tokenizer_says(tokenizer: Any, sign: str) -> None:
     assert reasoning_marker(tokenizer) == sign
 
 
+@pytest.mark.long
 def test_a_plain_instruct_model_is_none(smollm2: tuple[Any, Any]) -> None:
     assert smollm2[1].chat_template and reasoning_marker(smollm2[1]) == ""
 

@@ -257,7 +257,11 @@ def test_models_with_splices_and_under_a_surgeon(stories: tuple[Any, Any], tasks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("imported", [False, True], ids=["by the code in the folder", "with the library imported"])
+@pytest.mark.parametrize(
+    "imported",
+    [pytest.param(False, marks=pytest.mark.long), True],
+    ids=["by the code in the folder", "with the library imported"],
+)
 def test_a_saved_model_under_its_own_command_line(
     imported: bool, stories: tuple[Any, Any], tasks: Path, tmp_path: Path
 ) -> None:

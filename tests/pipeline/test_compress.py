@@ -156,6 +156,7 @@ def test_the_same_seed_gives_the_same_model(stories: tuple[Any, Any], story_text
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.long
 def test_the_seed_reaches_what_a_network_starts_from(stories: tuple[Any, Any], story_texts: list[str]) -> None:
     """All seeds had the same random weights, and differed by the text alone."""
     models = [copy.deepcopy(stories[0]) for _ in range(3)]

@@ -169,7 +169,7 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
     assert find_stack(model).blocks == before
 
 
-@pytest.mark.parametrize("kind", ["none", "folded", "scale"])
+@pytest.mark.parametrize("kind", ["none", "folded", pytest.param("scale", marks=pytest.mark.long)])
 def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
     kind: str, story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +369,7 @@ def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
     assert not (tmp_path / "out.training").exists()
 
 
-@pytest.mark.parametrize("kind", ["folded", "scale"])
+@pytest.mark.parametrize("kind", ["folded", pytest.param("scale", marks=pytest.mark.long)])
 def test_what_is_folded_survives_the_healing_of_its_own_block(
     kind: str, story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:

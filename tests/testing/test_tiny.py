@@ -251,6 +251,7 @@ def test_listing_types_imports_no_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_types() -> None:
     """Transformers 5.24 has 196; one wants timm, and one is broken for more than one token."""
     failed: dict[str, str] = {}

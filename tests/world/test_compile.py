@@ -54,14 +54,13 @@ def test_a_compiled_model_is_refused(compiled: object) -> None:
         HiddenStateRecorder(model).__enter__()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_inside_a_surgeon_without_a_graph_break(backend: str) -> None:
+def test_compiled_inside_a_surgeon_without_a_graph_break() -> None:
     model = tiny_model("llama")
     original = logits(model)
     with LayerSurgeon(model) as surgeon:
         surgeon.replace([1, 2], Nudge(seed=1))
         surgeon.insert(BLOCKS, Nudge(seed=2))
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(logits(compiled), logits(model))
     torch.testing.assert_close(logits(compiled), original)  # the compiler notices that the splices are gone
 
