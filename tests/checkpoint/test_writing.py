@@ -121,7 +121,7 @@ def test_a_base_model_keeps_the_repair_too(tmp_path: Path) -> None:
 def test_precision_and_tied_weights(tmp_path: Path) -> None:
     model = repaired("gpt2", dtype=torch.bfloat16)
     save(model, tmp_path / "model")
-    loaded = load(tmp_path / "model", dtype="auto")
+    loaded = load(tmp_path / "model")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(logits(loaded), logits(model))
