@@ -61,6 +61,7 @@ MORE_PARAMETERS = {
     "distillation.TrainingResult": "a result, which train creates",
     "evaluation.TaskResult": "a result, which run_tasks creates",
     "selection.SearchProblem": "the input of a search, which SearchConfig.problem creates",
+    "modeling.BranchSites": "a result, which find_branch_sites returns",
     "surgery.StreamlinedConfig": "a config of Transformers",
     "training.Measurement": "a result, which HiddenStateMonitor.step returns",
 }
