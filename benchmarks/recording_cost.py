@@ -1,0 +1,128 @@
+"""Measure the cost of recording activations: time of a forward pass with and without it.
+
+    python -m benchmarks.recording_cost [--data FOLDER] [--rounds 9] [--tokens 256] [--batch-size 4]
+
+Forward passes of SmolLM2-135M-Instruct on the same batch are timed in turn: alone, with ``output_hidden_states``, with
+`HiddenStateRecorder`, and with nnsight if it is installed. Ratios are those of medians. The outputs of all blocks are
+recorded as copies, and without copies (``detach=False``), which leaves out the time of copying. A recorder is opened
+anew in each pass; the sites inside blocks, which are found when they are first used, are found in the warm-up round.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.quality_scores import write
+from benchmarks.real_text import RESULTS, arguments, heldout
+from benchmarks.timing import interleaved, machine
+from streamline_hooks import HiddenStateRecorder
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.recording import RecordingConfig
+
+FILE = RESULTS / "recording_cost.json"
+SITES = ("attention.output", "mlp.output", "block.output")
+BLOCKS = (7, 14, 21)
+Ways = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--dry", action="store_true", help="print the table without writing the result")
+    options = parser.parse_args()
+    seconds = measure(options)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    alone = next(iter(median.values()))
+    content = {
+        "command": f"python -m benchmarks.recording_cost --rounds {options.rounds} --tokens {options.tokens} "
+        f"--batch-size {options.batch_size}",
+        "machine": machine() | {"load": os.getloadavg()[0]},
+        "tokens": options.tokens * options.batch_size,
+        "seconds": seconds,
+        "median": median,
+        "ratio": {name: value / alone for name, value in median.items()},
+    }
+    if not options.dry:
+        write(FILE, content)
+        FILE.with_suffix(".md").write_text(table(content))
+    print(table(content))
+
+
+@torch.no_grad()
+def measure(options: Any) -> dict[str, list[float]]:
+    """Time forward passes of the model in turn."""
+    model, tokenizer = load_pretrained("smollm2")
+    model.eval()
+    text = next(iter(heldout(options.data, tokenizer, 1).values()))
+    stream = torch.cat([batch["input_ids"].flatten() for batch in text])
+    count = options.tokens * options.batch_size
+    ids = stream.repeat(-(-count // len(stream)))[:count].view(options.batch_size, -1)
+    return interleaved(ways_to_run(model, ids), options.rounds)
+
+
+def ways_to_run(model: nn.Module, ids: torch.Tensor) -> Ways:
+    """Return functions that run the model once, by the name of the row of the table."""
+
+    def forward(**options: Any) -> None:
+        model(input_ids=ids, use_cache=False, **options)
+
+    def record(sites: Iterable[str], blocks: Iterable[int] | None, detach: bool = True) -> None:
+        with HiddenStateRecorder(model, blocks, sites=sites, config=RecordingConfig(detach=detach)):
+            forward()
+
+    ways: Ways = {
+        "forward": forward,
+        "output_hidden_states": lambda: forward(output_hidden_states=True),
+        f"recorder: {', '.join(SITES)} of 3 blocks": lambda: record(SITES, BLOCKS),
+        "recorder: block.output of all blocks": lambda: record(["block.output"], None),
+        "recorder: block.output of all blocks, no copies": lambda: record(["block.output"], None, detach=False),
+    }
+    try:
+        from nnsight import NNsight
+    except ImportError:
+        return ways
+    traced = NNsight(model)
+
+    def trace_sites() -> None:
+        saved: list[Any] = []
+        with traced.trace(input_ids=ids, use_cache=False):
+            for k in BLOCKS:
+                saved.append(traced.model.layers[k].self_attn.output[0].save())
+                saved.append(traced.model.layers[k].mlp.output.save())
+                saved.append(traced.model.layers[k].output.save())
+
+    def trace_blocks() -> None:
+        saved: list[Any] = []
+        with traced.trace(input_ids=ids, use_cache=False):
+            for layer in traced.model.layers:
+                saved.append(layer.output.save())
+
+    return ways | {"nnsight: the same outputs of 3 blocks": trace_sites, "nnsight: outputs of all blocks": trace_blocks}
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    rounds = len(next(iter(content["seconds"].values())))
+    lines = [
+        f"SmolLM2-135M-Instruct, float32, {content['tokens']:,} tokens, median of {rounds} alternating rounds, CPU "
+        f"with {content['machine']['threads']} thread(s), on a machine with other load "
+        f"({content['machine']['load']:.1f}).",
+        "",
+        "| run | ms | ratio |",
+        "|---|---|---|",
+    ]
+    for name, seconds in content["median"].items():
+        lines.append(f"| {name} | {1000 * seconds:,.0f} | {content['ratio'][name]:.3f} |")
+    return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
+
+
+if __name__ == "__main__":
+    main()
