@@ -68,7 +68,7 @@ def recorded(record: HiddenStateRecorder) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize(("family", "selected", "backend"), [
     ("llama", "all", "aot_eager"),
-    ("gpt2", "last", "eager"),
+    ("gpt2", "real", "eager"),
 ])  # fmt: skip
 def test_each_site_is_recorded_as_without_compilation(family: str, selected: Any, backend: str) -> None:
     model, uncompiled = tiny_model(family, blocks=3), tiny_model(family, blocks=3)
