@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import os
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,22 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the order becomes random: the choice is the same in every run
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as long what `@pytest.mark.sample(n)` leaves out: all but n cases, which the test's name chooses."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, group in cases.items():
+        marker = group[0].get_closest_marker("sample")
+        assert marker is not None
+        kept = random.Random(name).sample(group, min(marker.args[0], len(group)))
+        for item in group:
+            if item not in kept:
+                item.add_marker(pytest.mark.long)
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # ignored if a shell started the process in the background

@@ -235,8 +235,8 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin in (Mapping, dict):
         _require(value, isinstance(value, Mapping))
         for key, element in value.items():
-            _inside(f"the key {_shown(key)}", key, inside[0])
-            _inside(f"under {_shown(key)}, {_shown(element)}", element, inside[1])
+            _inside(key, inside[0], "the key ")
+            _inside(element, inside[1], f"under {_shown(key)}, ")
         return value
     if origin in (Sequence, Iterable, list, frozenset):
         return _elements(value, inside[0], lazy=origin is Iterable)
@@ -251,11 +251,12 @@ def _require(value: Any, fits: bool, why: str = "") -> Any:
     return value
 
 
-def _inside(what: str, value: Any, hint: Any) -> Any:
+def _inside(value: Any, hint: Any, place: str = "") -> Any:
+    """Convert an element, which is printed only in an error: printing a tensor is slow and waits for its device."""
     try:
         return _convert(value, hint)
     except _Mismatch as error:
-        raise _Mismatch(f"does not fit: {what} {error}") from None
+        raise _Mismatch(f"does not fit: {place}{_shown(value)} {error}") from None
 
 
 def _whole(value: Any) -> int:
@@ -298,7 +299,7 @@ def _tuple(value: Any, inside: Sequence[Any]) -> Any:
     if len(hints) != len(value):
         raise _Mismatch(f"does not fit: it holds {len(value)} values instead of {len(hints)}")
     for element, hint in zip(value, hints, strict=True):
-        _inside(_shown(element), element, hint)
+        _inside(element, hint)
     return value
 
 
@@ -311,7 +312,7 @@ def _elements(value: Any, hint: Any, lazy: bool) -> Any:
     values = value if isinstance(value, Sequence) else list(value)
     if isinstance(values, range) and hint is int:
         return values
-    converted = [_inside(_shown(element), element, hint) for element in (values[:_CHECKED] if hint is str else values)]
+    converted = [_inside(element, hint) for element in (values[:_CHECKED] if hint is str else values)]
     if hint is not str and any(a is not b for a, b in zip(converted, values, strict=True)):
         return converted
     return values
