@@ -40,12 +40,12 @@ test: $(VENV)/.stamp-test ## Run the tests and the doctests
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 
 test-long: export OMP_NUM_THREADS ?= 1
-test-long: $(VENV)/.stamp-test ## Run the tests that take minutes: notebooks, the demo, large checkpoints (20 minutes on two cores)
+test-long: $(VENV)/.stamp-test ## Run the tests that `make test` leaves out: notebooks, the demo, more cases (an hour on two cores)
 	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m long $(PYTEST_ARGS)
 
 coverage: export OMP_NUM_THREADS ?= 1
-coverage: $(VENV)/.stamp-test ## Measure what the tests reach: at least 95 % (25 minutes on two cores)
-	$(BIN)/python -m pytest $(PYTEST_PARALLEL) --cov=streamline_hooks --cov-branch --cov-fail-under=95 \
+coverage: $(VENV)/.stamp-test ## Measure what all tests reach: at least 95 % (two hours on two cores)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) -m "not architectures" --cov=streamline_hooks --cov-branch --cov-fail-under=95 \
 		--cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 # Names or patterns of golden runs, as in make golden RUNS="kind/linear 'search/*'".
@@ -78,7 +78,7 @@ OLDEST_TESTS := tests/surgery tests/core/test_batch.py tests/modeling/test_watch
 oldest: export OMP_NUM_THREADS ?= 1
 oldest: export STREAMLINE_EXAMPLES ?= 8
 oldest: $(VENV)-oldest/.stamp ## Run the core of the tests with the oldest supported Transformers
-	$(VENV)-oldest/bin/python -m pytest $(PYTEST_PARALLEL) -m "not slow" $(OLDEST_TESTS)
+	$(VENV)-oldest/bin/python -m pytest $(PYTEST_PARALLEL) -m "not slow and not long and not architectures" $(OLDEST_TESTS)
 
 $(VENV)-oldest/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@echo "Installing this library with $(OLDEST) into $(VENV)-oldest."

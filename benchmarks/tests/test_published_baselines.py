@@ -163,6 +163,7 @@ def test_uidl_puts_adapters_of_rank_64_on_the_mlps_alone(type_: str, layers: int
     assert {p.shape[0] for p in adapters.values()} == {64}
 
 
+@pytest.mark.long
 def test_checkpoints_are_loaded_without_the_baselines_and_their_configs_name_the_kind(
     texts: list[dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:

@@ -193,6 +193,7 @@ def test_the_table_has_the_best_first_and_the_texts_beside_one_another() -> None
     assert lines[-1] == "Made by `the command`."
 
 
+@pytest.mark.long
 def test_the_table_shows_what_was_measured() -> None:
     """The last digit of an interval's end depends on the version of NumPy."""
     measured = json.loads(quality_generation.FILE.read_text())

@@ -23,6 +23,7 @@ _REFUSED_BEFORE_5 = _SIZED_BY_ENCODER if transformers.__version__ < "5" else set
 CASES = [case for name in OTHERS for check in checks_of(name) if (case := (name, check)) not in _REFUSED_BEFORE_5]
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize(("name", "check"), CASES, ids=[f"{name}, {check}" for name, check in CASES])
 def test_it_holds_or_is_refused(name: str, check: str) -> None:
     reason = REFUSED.get(name, {}).get(check)
@@ -33,6 +34,7 @@ def test_it_holds_or_is_refused(name: str, check: str) -> None:
         CHECKS[check](name)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("name", "check"), [(name, check) for name in REFUSED for check in REFUSED[name]])
 def test_what_is_refused_changes_nothing(name: str, check: str) -> None:
     """Each branch is refused, and to the bit the model is what it was."""

@@ -134,6 +134,7 @@ def test_a_fit_is_not_continued_from_the_sums_of_another_branch(
             torch.testing.assert_close(result.map, expected.map)
 
 
+@pytest.mark.long
 def test_the_states_of_earlier_branches_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, alive = open_checkpoint(written(tmp_path)[0]), []
     original = WindowMoments.update

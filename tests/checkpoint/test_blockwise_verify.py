@@ -56,6 +56,7 @@ def require_same(found: list[VerifiedSelection], wanted: list[VerifiedSelection]
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("family", "kind", "dtype"),
     [
@@ -197,6 +198,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("block", [0, 3, 5])
 def test_it_goes_on_at_its_block(block: int, tmp_path: Path, reads: Counter[str]) -> None:  # noqa: F811
     folder, _ = written(tmp_path)
@@ -228,6 +230,7 @@ def require_bits(found: list[VerifiedSelection], wanted: list[VerifiedSelection]
         assert list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("number", "after"), [(0, False), (3, True), (5, False), (11, True)])
 def test_it_goes_on_between_a_place_and_its_windows(
     number: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -342,6 +345,7 @@ def test_modules_that_hold_no_map_are_fitted_as_in_memory(family: str, kind: str
 INHERITED = [Selection((window,), score=float(k)) for k, window in enumerate([range(0, 3), range(1, 4), range(3, 6)])]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("family", "kind", "dtype"),
     [
@@ -375,6 +379,7 @@ SEVERAL = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("family", "kind", "dtype"),
     [
@@ -402,6 +407,7 @@ def test_several_windows_are_fitted_and_judged_as_in_memory(
         assert one.tokens == other.tokens and one.nll == pytest.approx(other.nll, rel=1e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("block", [1, 3])
 def test_several_windows_go_on(block: int, tmp_path: Path) -> None:
     folder, _ = written(tmp_path)

@@ -180,6 +180,7 @@ def test_zeroed_folded_and_inserted() -> None:
     assert "- Repaired by: `block`, trained.\n" in card and "a plain checkpoint" in card
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -212,6 +213,7 @@ def test_how_it_was_repaired_is_what_was_done(options: dict[str, Any], said: str
     assert told == [] if said is None else told[0].endswith(said)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["spliced", "plain"])
 def test_what_it_says_to_do_works(kind: str, tmp_path: Path) -> None:
     model = repaired("llama") if kind == "spliced" else tiny_model("llama")

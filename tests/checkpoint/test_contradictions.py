@@ -133,6 +133,7 @@ def test_the_plain_class_refuses_with_and_without_mismatched_sizes(
     assert getattr(model.config, "quantization_config", None) is None
 
 
+@pytest.mark.long
 def test_the_plain_class_refuses_without_the_library(saved: tuple[Path, torch.Tensor]) -> None:
     code = """
         import sys

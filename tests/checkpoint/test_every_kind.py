@@ -21,6 +21,8 @@ from streamline_hooks.repair import insert_replacement
 from tests.processes import in_a_new_process
 from tests.tiny_models import FAMILIES, left_padded, tiny_model, tokens
 
+pytestmark = pytest.mark.long
+
 WINDOW = range(2, 4)
 PLAIN = ("none", "block", "silenced", "folded", "scale")
 SPLICED = ("linear", "linear:rank=4", "linear:diagonal", "mlp", "swiglu:width=16")

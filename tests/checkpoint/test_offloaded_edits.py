@@ -38,6 +38,7 @@ def computed(model: Any) -> list[Any]:
     return [hook for _, hook in offload_hooks(model) if isinstance(hook.weights_map, ComputedWeights)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16), ("gpt_neox", torch.float32)]
 )

@@ -99,6 +99,7 @@ def test_a_class_without_the_spliced_stack_is_refused(tmp_path: Path) -> None:
         AutoModelForTokenClassification.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.long
 def test_other_heads_without_the_library(tmp_path: Path) -> None:
     model: Any = repaired("llama")
     save(model, tmp_path / "model")

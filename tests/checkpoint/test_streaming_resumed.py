@@ -56,6 +56,7 @@ def blocks_read(reads: Counter[str]) -> dict[int, int]:  # noqa: F811
     return {k: reads[f"model.layers.{k}.mlp.up_proj.weight"] for k in range(6)}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("block", [0, 2, 5])
 @pytest.mark.parametrize("forward", [1, 3])  # of the probe and four batches, in the middle of the states
 def test_a_profile_goes_on(block: int, forward: int, tmp_path: Path, reads: Counter[str]) -> None:  # noqa: F811
@@ -121,6 +122,7 @@ def test_sums_of_other_options_are_not_taken(tmp_path: Path) -> None:
         blockwise(measure_moments, open_checkpoint(folder), calibration(), windows, weighted=False, folder=states)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("step", ["profile", "verify", "measure"])
 def test_states_are_there_until_the_result_is(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed where a step of a compression is over and about to be kept, it runs no block of that step again."""

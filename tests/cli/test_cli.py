@@ -81,6 +81,7 @@ def test_generate_continues_a_text(
     assert code == 2 and "Leave --chat out" in err
 
 
+@pytest.mark.long
 def test_generate_compares_with_the_original(
     compressed: tuple[Path, str],
     stories_folder: Path,
@@ -441,6 +442,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.long
 def test_an_instruct_model_writes_its_own_calibration_text(
     stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_it_writes_what_the_model_in_memory_would_be(
     assert not list(tmp_path.glob(".one*"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--search", "attention"]])
 def test_options_are_those_in_memory(
     command: Command, too_large: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
@@ -114,6 +115,7 @@ def test_options_are_those_in_memory(
         torch.testing.assert_close(weight, expected[name], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.long
 def test_it_takes_a_mixture_of_what_is_there(
     command: Command, too_large: None, tmp_path: Path, story_texts: list[str]
 ) -> None:

@@ -82,6 +82,7 @@ def test_what_is_planned_is_done(command: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "out.training").exists()
 
 
+@pytest.mark.long
 def test_an_interrupted_training_is_resumed_with_the_options_of_the_plan(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_what_does_not_go_with_a_budget_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["best", "two-windows"])
 def test_the_recipe_may_be_named(name: str, command: Command) -> None:
     code, out, err = command("--budget", "1h", "--preset", name, "--dry-run", "--remove", 2)

@@ -45,6 +45,7 @@ def texts(story_texts: list[str], tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.long
 def test_a_mixture_of_what_is_there_and_what_the_model_writes(
     command: Command, instruct: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def run_again(*args: Any, **settings: Any) -> None:
     raise AssertionError("a task was run again")
 
 
+@pytest.mark.long
 def test_a_model_against_its_original(
     files: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,7 @@ def run_with_closed_pipe(*arguments: Any) -> tuple[int, str]:
         return process.wait(timeout=300), process.stderr.read()
 
 
+@pytest.mark.long
 def test_a_compression_is_finished_although_nobody_reads_its_output(stories_folder: Path, tmp_path: Path) -> None:
     sizes = ["--calibration-tokens", 1280, "--validation-tokens", 128, "--test-tokens", 128, "--sequence-length", 64]
     given = ["compress", stories_folder, "-o", tmp_path / "out", "--remove", 1, "--no-speed", "--no-generation", *sizes]

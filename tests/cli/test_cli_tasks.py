@@ -173,6 +173,7 @@ def saved(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = saved("bert", tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n\n".join(" ".join(words(30, k)) for k in range(80)))

@@ -25,6 +25,7 @@ def run(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=200)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(stories_folder: Path, story_texts: list[str], tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
@@ -83,6 +84,7 @@ def test_two_processes_compress_block_by_block_as_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "texts.jsonl", "two"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_dry_run_that_fails_ends_in_both(stories_folder: Path, tmp_path: Path) -> None:
     """The first alone says what it costs; the other would wait for it for an hour."""

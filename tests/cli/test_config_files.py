@@ -197,6 +197,7 @@ def ranked(
     return outcome
 
 
+@pytest.mark.long
 def test_every_field_changes_the_ranking_or_is_named(ranked: Any) -> None:
     before: dict[CompressionConfig, Any] = {}
     for path in CHANGES:

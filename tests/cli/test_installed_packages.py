@@ -41,6 +41,7 @@ def command(*arguments: Any, site: Path | None = None) -> subprocess.CompletedPr
     return python("-c", "from streamline_hooks.cli import main; main()", *arguments, site=site)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_blocks_of_the_page_run_as_shown(plug: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -55,6 +56,7 @@ def test_the_blocks_of_the_page_run_as_shown(plug: Path, tmp_path: Path) -> None
     assert read_plans(tmp_path / "my-model-small")[0].removed == (0, 1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_from_the_command_line_and_back_in_python(plug: Path, tmp_path: Path) -> None:
     model, text, out = inputs.write_model("llama", tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"

@@ -244,6 +244,7 @@ def arguments_of(command: str, model: Path, out: Path) -> list[Any]:
     return [command, *(words.get(word, word) for word in LOADS[command])]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("command", LOADS)
 def test_the_dtype_reaches_the_model_and_json_is_printed(
     command: str,

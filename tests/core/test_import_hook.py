@@ -21,6 +21,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("order", ORDERS)
 def test_any_order_of_imports_loads(order: str, tmp_path: Path) -> None:
     save(repaired("llama"), tmp_path / "model")

@@ -50,6 +50,7 @@ def launch(folder: Path, name: str, dies: int, resume: str = "") -> subprocess.C
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_job_and_it_goes_on(tmp_path: Path) -> None:
     assert launch(tmp_path, "whole", dies=99).returncode == 0
     killed = launch(tmp_path, "killed", dies=2)

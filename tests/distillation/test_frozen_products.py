@@ -79,6 +79,7 @@ def test_hooks_still_see_the_layer_and_an_error_leaves_nothing_behind() -> None:
     assert model(_states(2, 4)).dtype == torch.float32
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("heal", [None, "lora:rank=4", "partial:where=beside,count=1"])
 def test_a_training_comes_to_the_same_weights_to_the_bit(monkeypatch: pytest.MonkeyPatch, heal: str | None) -> None:
     def trained() -> list[torch.Tensor]:

@@ -32,6 +32,7 @@ def healed(model: nn.Module, healing: HealingConfig) -> Student:
     return Student(model, [(WINDOW, LinearReplacement(features))], copies=copies, outside=outside)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("type_", ["llama", "gpt2"])
 @pytest.mark.parametrize("text", ["lora:rank=4,dropout=0.1", "partial:where=after", "partial:where=beside,count=1"])
 def test_healing_helps_and_the_original_is_untouched(type_: str, text: str) -> None:
@@ -169,6 +170,7 @@ def test_no_block_and_no_layer_are_refused() -> None:
         healing_copies(stack, [WINDOW], HealingConfig(method="lora", targets=("fc1",)))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["folded", "scale"])
 @pytest.mark.parametrize("text", ["lora:rank=2", "partial:where=beside,count=1", "partial:where=after"])
 def test_what_is_folded_into_a_block_is_in_its_copy_too(kind: str, text: str) -> None:
@@ -229,6 +231,7 @@ def test_whether_the_head_is_trained_is_read_either_way(text: str, head: bool) -
     assert parse_healing(text).head is head
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("text", ["lora:rank=4", "partial:where=all", "partial:where=beside,count=1"])
 def test_checkpointed_blocks_are_trained_like_others(text: str, reentrant: bool) -> None:

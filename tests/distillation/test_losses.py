@@ -73,6 +73,7 @@ def test_a_loss_of_a_user_falls(name: str) -> None:
     assert trained.best_step and trained.history[-1]["validated"] < trained.history[0]["validated"]
 
 
+@pytest.mark.long
 def test_a_loss_has_the_weight_that_it_is_given() -> None:
     weights = [trained_on({"kl": 1.0, "test_huber": weight})[1] for weight in (0.1, 10.0)]
     assert not torch.allclose(*weights, atol=1e-4)
@@ -80,6 +81,7 @@ def test_a_loss_has_the_weight_that_it_is_given() -> None:
     assert double[0]["validated"] == pytest.approx(2 * plain[0]["validated"])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("own", "built_in"),
     [({"test_likely": 0.5}, {"lm": 0.5}), ({"kl": 2.0, "test_likely": 1.0}, {"kl": 2.0, "lm": 1.0})],

@@ -193,6 +193,7 @@ def test_the_states_that_are_kept_outlive_what_works_in_place() -> None:
     assert torch.equal(entrance, before)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("window", [range(2, 4), range(2, 6), range(0, 2), range(1, 3), range(3, 5)], ids=str)
 @pytest.mark.parametrize("healing", [None, "partial:where=beside,count=2"])
 @pytest.mark.parametrize("gone", [range(2, 4), range(0, 2)], ids=str)

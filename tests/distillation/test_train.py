@@ -56,6 +56,7 @@ def weights(student: Student) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in student.parameters().values()]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("text", ["kl", "mse", "relative", "kl + 0.5*lm", "cosine + relative", "lm"])
 def test_every_objective_falls_and_the_best_weights_stay(text: str) -> None:
     student, _ = student_of(tiny_model("llama"))
@@ -200,6 +201,7 @@ class Killed(BaseException):
     """What no training catches."""
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(step: int, tmp_path: Path) -> None:
     settings = replace(QUICK, checkpoint_minutes=0.0, gradient_accumulation_steps=1)
@@ -242,6 +244,7 @@ torch.save(weights(student), {out!r})
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kill_minus_nine_and_another_process(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
@@ -360,6 +363,7 @@ def test_bfloat16_products_train_too() -> None:
     assert module.projection.weight.dtype == torch.float32
 
 
+@pytest.mark.long
 def test_weights_in_half_precision_are_trained_by_steps_that_they_cannot_hold(tmp_path: Path) -> None:
     """At a rate of 1e-4 a bfloat16 of 1 would stay what it is at each step, and at 300 of them."""
     model = tiny_model("llama").to(torch.bfloat16)

@@ -68,6 +68,7 @@ def said(folder: Path) -> list[dict[str, Any]]:
     return in_processes(_SHARDED, folder)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("what", ["whole", "states alone"])
 def test_it_is_trained_to_the_weights_of_one_process(folder: Path, said: list[dict[str, Any]], what: str) -> None:
     mine, theirs = (torch.load(folder / f"{rank}.pt", weights_only=True)[what] for rank in range(2))

@@ -78,6 +78,7 @@ def test_ctrl_c_in_one_stops_both_after_the_same_step(two: list[dict[str, Any]])
     assert two[0]["its file"] == two[1]["its file"] == ["training"]
 
 
+@pytest.mark.long
 def test_a_training_goes_on_with_as_many_processes_or_with_others(
     folder: Path, one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:

@@ -140,6 +140,7 @@ def test_every_field_is_described(config: type[Config]) -> None:
     assert not undescribed(config, EFFECTS[config])
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("config", "name"), [(config, name) for config in CONFIGS for name in EFFECTS[config]])
 def test_every_field_has_an_effect(config: type[Config], name: str) -> None:
     assert has_effect(name, EFFECTS[config][name])

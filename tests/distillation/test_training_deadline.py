@@ -172,6 +172,7 @@ def test_no_time_is_refused(minutes: float) -> None:
         DistillationConfig(max_minutes=minutes)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_processes_go_by_the_clock_of_the_first(tmp_path: Path) -> None:
     """The second one's clock stands still, and it ends after the same step."""

@@ -43,7 +43,12 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return [(output or language, text) for output, language, text in BLOCK.findall(page.read_text()) if language]
 
 
-RUN = [page for page in PAGES if blocks_of(page) and page.name not in ELSEWHERE]
+LONG = {"compress_and_heal.md", "quick_start.md", "serve.md", "several_processes.md"}
+RUN = [
+    pytest.param(page, marks=pytest.mark.long if page.name in LONG else (), id=str(page.relative_to(ROOT)))
+    for page in PAGES
+    if blocks_of(page) and page.name not in ELSEWHERE
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -53,7 +58,7 @@ def test_blocks_name_a_language(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", RUN)
 def test_blocks_run(
     page: Path,
     tmp_path: Path,

@@ -44,6 +44,7 @@ def reference(model: nn.Module, original: nn.Module, batch: dict[str, torch.Tens
     return float(np.mean(kls)), float(np.mean(same)), len(kls)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=6)
 @given(st.integers(1, 6), st.sampled_from(["left", "right"]), st.randoms(use_true_random=False))

@@ -195,6 +195,7 @@ def test_a_reasoning_model_is_told_everywhere(
     assert "Warnings" in reader.headings() and told[0] in reader.text
 
 
+@pytest.mark.long
 def test_before_the_surgery_and_after_it(
     story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

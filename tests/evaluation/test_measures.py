@@ -31,6 +31,7 @@ def test_perplexity_equals_the_models_own_loss(family: str, padded: bool) -> Non
     assert got.value == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("module", [None, Nudge()], ids=["removed", "replaced"])
 def test_candidates_are_measured_as_the_whole_model_would_be(family: str, module: Nudge | None) -> None:

@@ -256,6 +256,7 @@ def test_models_with_splices_and_under_a_surgeon(stories: tuple[Any, Any], tasks
     assert bits[0] < min(bits[1:]) and len({round(value, 6) for value in bits}) == 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "imported",

@@ -45,6 +45,7 @@ def steps() -> list[dict[str, Any]]:
     return workflow["jobs"]["blocks"]["steps"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_ci_file(tmp_path: Path) -> None:
     """Every command of it, in order, but the installation, which has been made."""

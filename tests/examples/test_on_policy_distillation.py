@@ -28,6 +28,7 @@ def words(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unk>")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("repair", ["linear", "none"])
 def test_ten_steps_of_on_policy_distillation(repair: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="the extra `trl` is not installed")

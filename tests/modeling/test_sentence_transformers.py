@@ -111,6 +111,7 @@ def test_a_saved_folder_encodes_as_the_original_with_its_blocks_bypassed(
     torch.testing.assert_close(torch.tensor(both), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_spliced_folder_fails_loudly_without_this_library(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", exc_type=ImportError)
     folder = sentence_folder(tmp_path / "model")
@@ -207,6 +208,7 @@ def test_a_relative_path_is_found_after_a_change_of_directory(
     assert kept(save(model, tmp_path / "out")) == kept(folder)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_a_model_of_the_hub_keeps_what_is_in_the_cache(revision: str | None, tmp_path: Path) -> None:
     """That of its revision; the main branch pools in another way."""

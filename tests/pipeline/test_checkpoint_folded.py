@@ -44,6 +44,7 @@ def original_names(plan: Any, weights: dict[str, torch.Tensor]) -> dict[str, tor
     return {re.sub(r"layers\.(\d+)\.", renamed, name): weight for name, weight in weights.items()}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["folded", "scale"])
 def test_the_right_weights_are_changed_once(kind: str, tmp_path: Path) -> None:
     folder = compressible(tmp_path, "llama", torch.bfloat16)
@@ -78,6 +79,7 @@ def test_the_index_has_each_weight_and_its_file(kind: str, tmp_path: Path) -> No
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in written.values())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["folded", "scale"])
 def test_another_dtype_is_that_in_memory(kind: str, tmp_path: Path) -> None:
     folder = compressible(tmp_path)
@@ -87,6 +89,7 @@ def test_another_dtype_is_that_in_memory(kind: str, tmp_path: Path) -> None:
     assert {weight.dtype for weight in weights_in(tmp_path / "apart").values()} == {torch.bfloat16}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["folded", "scale"])
 def test_several_windows_are_those_in_memory(kind: str, tmp_path: Path) -> None:
     """A second window is fitted on the model with the first one repaired, and a factor is on top of another."""
@@ -102,6 +105,7 @@ def break_off(*_: Any, **__: Any) -> Any:
     raise Interrupted
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["folded", "scale"])
 def test_a_continued_run_changes_the_weights_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in passes over the original and over repaired models, and before and after the surgery."""

@@ -33,6 +33,7 @@ compressing = sys.modules["streamline_hooks.pipeline.one_round"]
 FIT, HELD_OUT = calibration(), [tokens(3, 9, seed=7), padded([8, 4], "right")]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("search", "options"),
     [

@@ -41,7 +41,10 @@ from tests.repair.own_kinds import register_kind
 from tests.repair.replacement_modules import KINDS, SLOTS
 
 PLAIN = ("block", "block:count=2", "silenced", "merged", "folded", "scale")
-SMALL = {"sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640}
+SIZES: dict[str, Any] = {
+    "sequence_length": 64, "calibration_tokens": 6400, "validation_tokens": 640, "test_tokens": 640,
+}  # fmt: skip
+SMALL: dict[str, Any] = {**SIZES, "speed": False, "generation": False}
 
 
 def test_the_whole_way(
@@ -50,7 +53,7 @@ def test_the_whole_way(
     model, tokenizer = story_model
     original = copy.deepcopy(model)
     result = compress(
-        model, story_texts, configured(remove=1, shortlist=3, **SMALL), tokenizer=tokenizer, output=tmp_path / "out"
+        model, story_texts, configured(remove=1, shortlist=3, **SIZES), tokenizer=tokenizer, output=tmp_path / "out"
     )
     assert result.model is model and len(find_stack(model)) == 4
     size = "4,096 parameters, 8,192 FLOPs per token, no slot"
@@ -73,6 +76,7 @@ def test_the_whole_way(
     assert "5 -> 4, removed" in table and "peak memory" in table and str(tmp_path / "out") in table
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("none", "linear")])
 def test_every_kind_ends_in_a_model(
     kind: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
@@ -103,6 +107,7 @@ def test_every_kind_ends_in_a_model(
     assert torch.equal(a, b)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("search", ["disjoint", "mlp"])
 def test_inherited_blocks_leave_as_many_blocks_as_were_asked_for(
     search: str, story_model: tuple[Any, Any], story_texts: list[str]
@@ -173,6 +178,7 @@ def test_the_seed_reaches_what_a_network_starts_from(stories: tuple[Any, Any], s
     assert not torch.equal(first, second) and torch.equal(second, third)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("search", ["disjoint", "one-shot", "mixed", "greedy", "attention"])
 def test_every_search_ends_in_a_model(
     search: str, story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
@@ -191,6 +197,7 @@ def test_every_search_ends_in_a_model(
     assert all(what in result.table() for what in str(chosen).split(", "))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("target", [Target(parameters=0.1), Target(fraction=0.2)])
 def test_other_targets(target: Target, story_model: tuple[Any, Any], story_texts: list[str]) -> None:
     model, tokenizer = story_model
@@ -241,6 +248,7 @@ def by_blocks(slower: Callable[[nn.Module], float]) -> Callable[..., SpeedReport
     return measure
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("target", "removed", "values"),
     [
@@ -258,7 +266,7 @@ def test_times_that_are_predicted_and_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, tokenizer = story_model
-    config = configured(remove=target, repair="none", speed=False, generation=False, **SMALL)
+    config = configured(remove=target, repair="none", **SMALL)
     is_late = False
     stopwatch = by_blocks(lambda model: 1.1 if is_late and len(find_stack(model)) < 5 else 1.0)
     monkeypatch.setattr("streamline_hooks.selection.target_timing.measure_speed", stopwatch)
@@ -354,7 +362,7 @@ def test_the_reported_perplexity_is_the_saved_models(
     )
     from streamline_hooks.data import split_documents
 
-    split = split_documents(story_texts[24:], tokenizer, test_documents=scored, **SMALL)
+    split = split_documents(story_texts[24:], tokenizer, test_documents=scored, **SIZES)
     value = perplexity(load(tmp_path / "out"), split_into_batches(split.test, 3)).value
     assert value == pytest.approx(result.perplexities["repaired"], rel=1e-5)
 
@@ -524,19 +532,14 @@ def test_packed_text_that_cannot_be_used(story_model: tuple[Any, Any], story_tex
         compress(other, texts, configured(remove=1), tokenizer=tokenizer)
 
 
+@pytest.mark.long
 def test_repeated_passages_choose_the_blocks_and_change_no_other_text(
     story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
     """Where only one block can go, the fitted and trained repair is the same to the bit; it is judged otherwise."""
     model, tokenizer = story_model
     settings = DistillationConfig(validations=1)
-    options: dict[str, Any] = {
-        "protect": (0, 1, 3, 4),
-        "distillation": settings,
-        "speed": False,
-        "generation": False,
-        **SMALL,
-    }
+    options: dict[str, Any] = {"protect": (0, 1, 3, 4), "distillation": settings, **SMALL}
     plain, repeated = (
         compress(
             copy.deepcopy(model),
@@ -579,7 +582,7 @@ def test_a_training_in_vain_is_told_at_the_end(story_model: tuple[Any, Any], sto
     result = compress(
         model,
         story_texts,
-        configured(remove=1, distillation=settings, speed=False, generation=False, **SMALL),
+        configured(remove=1, distillation=settings, **SMALL),
         tokenizer=tokenizer,
     )
     assert result.training is not None and result.training.best_step == 0

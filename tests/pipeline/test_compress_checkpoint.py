@@ -43,6 +43,7 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("family", "kind", "dtype", "changes"),
     [
@@ -100,6 +101,7 @@ def test_bytes_that_may_be_left(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("search", "options"),
     [
@@ -138,6 +140,7 @@ def test_compress_takes_a_source(tmp_path: Path) -> None:
     require_same_bytes(tmp_path / "apart", tmp_path / "whole")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["linear", "folded"])
 def test_a_mixture_of_experts_takes_an_offload_folder(kind: str, tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
@@ -249,6 +252,7 @@ KILLED = """
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("places", "step", "at"), [(3, "profile", 2), (9, "verify", 2), (16, "verify", 3), (24, "measure", 4)]
 )

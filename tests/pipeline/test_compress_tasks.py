@@ -62,6 +62,7 @@ def parts(name: str) -> dict[str, list[Any]]:
     return given
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_way(name: str, tmp_path: Path, log_messages: list[str]) -> None:
     model, case, given = made(name), OTHERS[name], parts(name)
@@ -97,6 +98,7 @@ def test_the_whole_way(name: str, tmp_path: Path, log_messages: list[str]) -> No
     assert "Scores by step" in page and task.distance in page
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["vit", "bert", "bart decoder", "t5 encoder", "dinov2", "llava pictures"])
 def test_candidates_are_judged_by_what_the_model_says_without_them(name: str) -> None:
     model, case = made(name), OTHERS[name]
@@ -121,6 +123,7 @@ def test_candidates_are_judged_by_what_the_model_says_without_them(name: str) ->
 QUICK = DistillationConfig({"relative": 1.0}, learning_rate=1e-2, validations=2)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["bart encoder", "bart decoder", "t5 encoder", "t5 decoder"])
 @pytest.mark.parametrize("objective", ["relative", "kl", "kl + mse"])
 def test_padding_of_either_side_is_not_trained_on(name: str, objective: str) -> None:
@@ -244,6 +247,7 @@ def test_a_model_of_another_library(library: str, kind: str, tmp_path: Path) -> 
     assert kept.of(loaded) == {name: pytest.approx(value, abs=1e-6) for name, value in result.scores["trained"].items()}
 
 
+@pytest.mark.long
 def test_the_search_is_told_the_task() -> None:
     """The windows are ranked by the embedding that was asked for."""
     model, asked = made("bert"), []

@@ -40,6 +40,7 @@ SMALL: dict[str, Any] = {
 TRAINING = DistillationConfig(learning_rate=3e-3, epochs=2, validations=4)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kind", "healing"),
     [
@@ -93,6 +94,7 @@ def test_training_ends_in_a_better_model_that_loads(
     assert torch.equal(a, b)
 
 
+@pytest.mark.long
 def test_what_was_compressed_can_be_compressed_and_healed_again(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:
@@ -169,7 +171,8 @@ def test_what_is_asked_for_in_vain_is_refused_at_once(
     assert find_stack(model).blocks == before
 
 
-@pytest.mark.parametrize("kind", ["none", "folded", pytest.param("scale", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["none", "folded", "scale"])
 def test_a_window_behind_which_nothing_could_be_healed_is_not_chosen(
     kind: str, story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +235,7 @@ def test_of_windows_apart_the_last_block_may_go() -> None:
     assert result.plan.removed in ((4, 6, 7), (4, 5, 7)) and result.training is not None and result.training.steps
 
 
+@pytest.mark.long
 def test_a_kind_with_parameters_may_be_trained_alone(
     story_model: tuple[Any, Any], story_texts: list[str], log_messages: list[str]
 ) -> None:
@@ -252,6 +256,7 @@ def test_a_kind_with_parameters_may_be_trained_alone(
     assert any("only the replacement is trained" in line for line in log_messages)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("slow", ["", "distributed_verify", "train_selection"])
 def test_a_training_ends_by_the_clock_of_the_whole_call(
     slow: str, story_model: tuple[Any, Any], story_texts: list[str], monkeypatch: pytest.MonkeyPatch
@@ -284,6 +289,7 @@ def test_a_training_ends_by_the_clock_of_the_whole_call(
     assert f"after step {trained.steps}" in trained.stopped
 
 
+@pytest.mark.long
 def test_where_no_time_is_left_what_was_fitted_stays(
     story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +351,7 @@ def test_states_alone_can_be_trained_for(story_model: tuple[Any, Any], story_tex
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.long
 def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
     stories: tuple[Any, Any],
     story_texts: list[str],
@@ -369,7 +376,8 @@ def test_ctrl_c_saves_the_best_and_leaves_what_can_be_gone_on_from(
     assert not (tmp_path / "out.training").exists()
 
 
-@pytest.mark.parametrize("kind", ["folded", pytest.param("scale", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["folded", "scale"])
 def test_what_is_folded_survives_the_healing_of_its_own_block(
     kind: str, story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_what_goes_wrong_in_one_is_raised_in_both(two: list[dict[str, Any]], cas
         assert re.match(pattern, found[case], re.DOTALL)
 
 
+@pytest.mark.long
 def test_four_processes_end_with_the_model_of_one(
     one: dict[str, Any], stories_folder: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_four_processes_end_with_the_model_of_one(
         assert_alike(found, four[0], 0.0)
 
 
+@pytest.mark.long
 def test_batches_that_are_tensors_come_to_one_model(tmp_path: Path) -> None:
     code = """
         from streamline_hooks import compress

@@ -294,6 +294,7 @@ def test_values_of_the_data_that_are_refused(values: dict[str, Any], named: str)
 # -------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "config",
     [
@@ -465,6 +466,7 @@ def has_effect(run: Callable[[CompressionConfig], CompressionResult], path: str,
     return bool(effect.observe(run(effect.base)) != effect.observe(run(other)))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("path", EFFECTS)
 def test_each_field_has_an_effect(run: Callable[[CompressionConfig], CompressionResult], path: str) -> None:
     assert has_effect(run, path, EFFECTS[path])
@@ -492,6 +494,7 @@ def test_the_stack_is_the_one_that_is_named() -> None:
         assert compress(model, inputs.pair_batches(), replace(config, stack=stack)).plan.stack == stack
 
 
+@pytest.mark.long
 def test_the_task_decides_what_is_measured() -> None:
     batches = [torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(k)) for k in range(10)]
     parts = {"calibration": batches[:6], "validation": batches[6:8], "test": batches[8:]}

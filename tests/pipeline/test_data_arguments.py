@@ -49,6 +49,7 @@ def estimated(data: Any, config: CompressionConfig, tokenizer: Any) -> Any:
     return [(stage.name, stage.tokens) for stage in estimate.stages]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("function", [swept, compressed, estimated])
 def test_a_list_of_batches_is_divided_as_by_compress(function: Callable[..., Any]) -> None:
     config = CompressionConfig(remove=2).updated({"evaluation.speed": False, "evaluation.generation": False})

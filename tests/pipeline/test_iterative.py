@@ -197,6 +197,7 @@ def test_of_batches_all_rounds_together_are_told(tmp_path: Path) -> None:
     assert {name: result.data[name] for name in whole} == whole
 
 
+@pytest.mark.long
 def test_one_round_copies_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     make, copied = copy.deepcopy, []
 
@@ -270,6 +271,7 @@ def test_a_round_that_was_broken_off_goes_on_to_the_same_weights(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.long
 def test_a_later_round_is_gone_on_with_where_the_first_left_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_the_stages_of_a_closed_form_are_those_of_its_forwards() -> None:
     assert found["generate"] == found["save"] == 0.0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -156,6 +157,7 @@ def charged_task(name: str, clock: FakeClock) -> Any:
     return model
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "trained"), [*((name, False) for name in TASKS), ("vit", True), ("bart decoder", True)]
 )
@@ -468,6 +470,7 @@ def test_a_disk_is_measured_above_a_folder_that_is_not_there_yet(
         write_rate(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_processes_have_the_plan_of_the_first(stories_folder: Path, story_texts: list[str], tmp_path: Path) -> None:
     code = """

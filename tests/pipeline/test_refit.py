@@ -51,6 +51,7 @@ def unrecorded(stories: tuple[Any, Any], story_texts: list[str], tmp_path_factor
     return compressed(stories, story_texts, tmp_path_factory.mktemp("refit") / "spliced")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("kind", "slots"), [("folded", 0), ("silenced", 1)])
 def test_it_comes_out_plain(kind: str, slots: int, folder: Path, story_model: tuple[Any, Any], tmp_path: Path) -> None:
     original, _ = story_model
@@ -70,7 +71,8 @@ def test_it_comes_out_plain(kind: str, slots: int, folder: Path, story_model: tu
         assert torch.equal(load(tmp_path / "plain")(ids).logits, original(ids).logits)
 
 
-@pytest.mark.parametrize("saved", [pytest.param(torch.float32, marks=pytest.mark.long), torch.bfloat16])
+@pytest.mark.long
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
 def test_the_data_types_may_differ(
     saved: torch.dtype, folder: Path, stories: tuple[Any, Any], text: Path, tmp_path: Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_the_data_types_may_differ(
     assert again.same_text and again.result.model.dtype == original.dtype
 
 
+@pytest.mark.long
 def test_the_same_text_is_known_by_its_tokens(
     unrecorded: Path, story_model: tuple[Any, Any], story_texts: list[str]
 ) -> None:
@@ -116,6 +119,7 @@ def test_text_that_cannot_be_read_again_is_asked_for(
         refit(made, copy.deepcopy(stories[0]))
 
 
+@pytest.mark.long
 def test_a_mixture_and_a_test_text_are_read_again(
     stories: tuple[Any, Any], story_texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +144,7 @@ def test_a_mixture_and_a_test_text_are_read_again(
         refit(folder, copy.deepcopy(stories[0]))
 
 
+@pytest.mark.long
 def test_only_kinds_that_can_work_are_offered(
     folder: Path, stories: tuple[Any, Any], text: Path, tmp_path: Path
 ) -> None:
@@ -199,6 +204,7 @@ def test_another_original_and_another_plan_are_refused(
         refit(tmp_path / "twice", original, story_texts, replacement=FoldedConfig(), tokenizer=tokenizer)
 
 
+@pytest.mark.long
 def test_on_the_command_line(
     folder: Path, stories: tuple[Any, Any], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

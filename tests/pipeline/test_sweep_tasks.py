@@ -31,6 +31,7 @@ def common(name: str, **more: Any) -> Any:
     return configured(stack=OTHERS[name].path(made(name)), protect=(0,), shortlist=2, **more)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["vit", "bert", "bart decoder"])
 def test_a_point_is_what_compress_gives(name: str, tmp_path: Path) -> None:
     model, given = made(name), parts(name)

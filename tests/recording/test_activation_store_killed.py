@@ -64,6 +64,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
+@pytest.mark.long
 def test_after_any_kill_the_run_continues_to_the_same_files(tmp_path: Path) -> None:
     started = time.monotonic()
     recording(tmp_path / "whole")

@@ -66,6 +66,7 @@ def recorded(record: HiddenStateRecorder) -> dict[str, list[Tensor]]:
     return by_site
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("family", "selected", "backend"), [
     ("llama", "all", "aot_eager"),
     ("gpt2", "real", "eager"),
@@ -157,6 +158,7 @@ def test_contributions_are_verified_in_the_first_compiled_call() -> None:
 VECTOR = torch.linspace(-1, 1, WIDTH)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("family", "selection", "backend"), [
     ("llama", {"tokens": [0, -1]}, "aot_eager"),
     ("gpt2", {"tokens": "last", "steps": "prefill"}, "eager"),
@@ -186,6 +188,7 @@ def test_edits_and_their_gradients_are_those_without_compilation(family: str, se
     assert counts == [1, 2, 2]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("edit", "selection", "message"),
     [

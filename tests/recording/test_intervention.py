@@ -95,6 +95,7 @@ def test_a_replaced_contribution_is_added(kind: str) -> None:
         torch.testing.assert_close(before + attention + mlp, after, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("key", KEYS, ids=str)
 @torch.no_grad()

@@ -43,6 +43,7 @@ def reference_solution(family: str) -> Any:
     return solve_least_squares(*(measure_moments(tiny_model(family), part, [WINDOW])[0] for part in (FIT, HELD_OUT)))
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_step_0_is_not_above_plain_removal_nor_what_holds_the_map_above_the_closed_form(family: str, kind: str) -> None:
@@ -67,6 +68,7 @@ def test_step_0_is_not_above_plain_removal_nor_what_holds_the_map_above_the_clos
         assert step_0 >= closed_form * (1 - 1e-6)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("window", [range(0, 3), range(3, BLOCKS)], ids=["first", "last"])
 @pytest.mark.parametrize("kind", FITTED)
 def test_the_first_and_the_last_window(kind: str, window: range) -> None:
@@ -79,6 +81,7 @@ def test_the_first_and_the_last_window(kind: str, window: range) -> None:
     assert error(model, window, repair.replacement_module) < error(model, window, None)
 
 
+@pytest.mark.long
 def test_every_kind_is_the_same_twice_and_leaves_the_random_numbers_alone() -> None:
     for kind in KINDS:
         found = []
@@ -93,6 +96,7 @@ def test_every_kind_is_the_same_twice_and_leaves_the_random_numbers_alone() -> N
         assert torch.equal(*found)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", FITTED)
 def test_several_windows_in_one_call_are_each_fitted_on_the_model_as_it_is(kind: str) -> None:
     model, windows = tiny_model("opt"), [range(1, 4), range(3, 6)]
@@ -104,6 +108,7 @@ def test_several_windows_in_one_call_are_each_fitted_on_the_model_as_it_is(kind:
         torch.testing.assert_close(*states)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
 def test_batch_size_and_padding_do_not_matter(kind: str) -> None:
     model = tiny_model("llama")
@@ -119,6 +124,7 @@ def test_batch_size_and_padding_do_not_matter(kind: str) -> None:
         torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", [kind for kind in FITTED if kind != "folded"])
 def test_narrow_precisions_and_dropout(kind: str) -> None:
     """In bfloat16 the weights are those of float32 rounded; a model in training is fitted without its dropout."""

@@ -169,6 +169,7 @@ def test_gradients_of_blocks_are_those_of_finite_differences(kind: str) -> None:
     assert torch.autograd.gradcheck(run, (state, *values))
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_comes_back_from_a_checkpoint_and_generates_with_a_cache(family: str, kind: str, tmp_path: Path) -> None:

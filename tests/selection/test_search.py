@@ -25,6 +25,7 @@ BATCHES = list(torch.randint(3, 60, (32, 8), generator=torch.Generator().manual_
 PARTS = {"calibration": BATCHES[:10], "validation": BATCHES[10:12], "test": BATCHES[12:]}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("config", "remove"),
     [

@@ -103,6 +103,7 @@ def test_every_field_of_every_search_is_described() -> None:
         require_described(SEARCHES[kind], ALTERNATIVES[kind])
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, its in ALTERNATIVES.items() for field in its])
 def test_every_field_has_an_effect(kind: str, field: str) -> None:
     assert has_effect(plain(kind), field, ALTERNATIVES[kind][field])

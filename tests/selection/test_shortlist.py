@@ -71,6 +71,7 @@ def test_single_windows_are_fitted_and_judged_in_shared_passes(kind: str) -> Non
             assert repair.replacement_module is None and repair.repaired_error == solution.removal_error
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_windows_are_fitted_in_order_on_the_repaired_model(family: str) -> None:
     model = tiny_model(family)
@@ -212,6 +213,7 @@ def test_no_finite_model_is_an_error() -> None:
         )
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_kind_is_judged_by_what_the_model_says_with_it(family: str, kind: str) -> None:

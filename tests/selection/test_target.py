@@ -336,6 +336,7 @@ REPLACED: dict[str, Any] = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("replaced", REPLACED)
 @pytest.mark.parametrize("name", SIZED)
 def test_the_bytes_that_are_predicted_are_those_of_the_compressed_model(name: str, replaced: str) -> None:
@@ -424,6 +425,7 @@ def test_latency_comes_to_the_fewest_blocks_that_reach_it(log_messages: list[str
     assert len(model.model.layers) == BLOCKS
 
 
+@pytest.mark.long
 def test_seconds_per_token_come_to_the_fewest_blocks_that_reach_them() -> None:
     model, (_, timer) = charged()
     for count in range(1, BLOCKS):

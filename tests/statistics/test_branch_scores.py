@@ -102,6 +102,7 @@ def truth(
     }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("model_type", KINDS)
 def test_scores_are_those_of_the_block_with_the_other_branch_zeroed(model_type: str) -> None:
     model = tiny(model_type, blocks=3)

@@ -54,6 +54,7 @@ def follows_the_decoder(name: str) -> bool:
 T5_FOLLOWS = pytest.mark.skipif(not follows_the_decoder("t5"), reason="T5's cache is sized by the encoder: refused")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_one_side_becomes_shorter(name: str, side: str, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def width(model: nn.Module) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("model_type", MODULES)
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_folded_equals_the_unfolded_map(model_type: str, branch: str) -> None:

@@ -29,6 +29,7 @@ def every_warning_is_an_error() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", REMOVABLE)
 def test_a_removal_is_held_against_the_bypassed_blocks(name: str) -> None:
     model, case = made(name), OTHERS[name]
@@ -42,6 +43,7 @@ def test_a_removal_is_held_against_the_bypassed_blocks(name: str) -> None:
         surgeon.remove([1])
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", REMOVABLE)
 def test_a_block_that_does_more_without_another_is_seen(name: str) -> None:
     """A planted fault: the last block adds something once it has another number of blocks before it."""

@@ -112,6 +112,7 @@ def test_a_block_that_shares_parameters_is_not_exchanged() -> None:
         surgeon.exchange(3, copy.deepcopy(surgeon.stack[3]))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("healing", ["lora:rank=2", "partial:where=last,count=2", "partial:where=beside,count=1"])
 def test_what_a_healed_last_block_comes_to_is_told_of_the_model_that_is_returned(healing: str) -> None:
     if healing.startswith("lora"):
@@ -161,6 +162,7 @@ def test_what_was_spliced_in_keeps_its_precision(what: str) -> None:
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("healing", ["lora:rank=4", "partial:where=all,learning_rate_ratio=0.1"])
 def test_a_zeroed_branch_stays_zero_where_its_block_is_healed(healing: str) -> None:
     if healing.startswith("lora"):

@@ -100,6 +100,7 @@ def test_every_registered_module_is_among_the_kinds() -> None:
     assert {kind.partition(":")[0] for kind in KINDS} == OWN
 
 
+@pytest.mark.long
 def test_nothing_of_the_folder_is_run_unasked(tmp_path: Path) -> None:
     written(spliced(FAMILIES[0], "swiglu"), tmp_path)
     trap = tmp_path / "model" / f"{CODE}.py"

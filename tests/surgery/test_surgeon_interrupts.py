@@ -56,6 +56,7 @@ def whole(model: nn.Module) -> nn.Module:
     return outer
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", models().values(), ids=models())
 def test_closing(make: Callable[[], tuple[nn.Module, int, int]]) -> None:
     inner, stride, _ = make()

@@ -34,6 +34,7 @@ BOTH = [(pair, (True, True)) for pair in PAIRS] + [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("pair", "repaired"), BOTH)
 def test_both_are_committed_and_come_back(pair: str, repaired: tuple[bool, bool], tmp_path: Path) -> None:
     names = PAIRS[pair]

@@ -61,12 +61,14 @@ IN_FLOAT32 = [(family, torch.float32) for family in FAMILIES]
 IN_BFLOAT16 = [(family, torch.bfloat16) for family in ("llama", "gemma3")]  # one kind of attention, and mixed kinds
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(("family", "dtype"), IN_FLOAT32 + IN_BFLOAT16)
 @pytest.mark.parametrize("check", OF_MODELS)
 def test_a_healthy_model_passes(check: str, family: str, dtype: torch.dtype) -> None:
     OF_MODELS[check](tiny_model(family, dtype))
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("check", OF_MODELS)
 def test_a_healthy_model_with_a_splice_passes(check: str, family: str) -> None:

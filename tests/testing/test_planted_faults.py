@@ -14,6 +14,7 @@ ROWS = [row for row in TEXT.splitlines() if row.startswith("| ")][1:]
 SAME_VERSION = f"with Transformers {transformers.__version__}:" in TEXT
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_a_planted_fault_is_seen(fault: Fault) -> None:
     found = outcomes(fault.plant)

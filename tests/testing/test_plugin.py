@@ -45,6 +45,7 @@ def test_the_fixtures(tmp_path: Path, stories_folder: Path) -> None:
     assert "4 passed" in told, told
 
 
+@pytest.mark.long
 def test_a_model_that_is_not_there_is_a_reason_to_skip(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nstreamline_model = ./nowhere\n")
     told = run_pytest(tmp_path, CODE)

@@ -85,6 +85,7 @@ def test_a_step_counts_all_of_its_batches_and_none_of_an_evaluation(tmp_path: Pa
     assert found[0]["gradient_norm"] == pytest.approx(plain[0]["gradient_norm"], rel=1e-3)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -12,6 +12,7 @@ import pytest
 from tests.processes import ROOT
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does_and_refuse_surgery(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.training.two_processes", str(tmp_path)]

@@ -101,6 +101,7 @@ def test_a_checkpoint_behind_a_removal_is_resumed(whole: tuple[Any, ...], tmp_pa
     assert all(torch.equal(parameter, expected[name]) for name, parameter in resumed.model.named_parameters())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("config", [LinearConfig(diagonal=True), SwiGLUConfig(width=8), BlockConfig()])
 def test_a_run_with_replacements_is_resumed(config: ReplacementConfig, tmp_path: Path) -> None:
     """The Trainer creates the groups of the resumed run itself, and loads their state before the callback is called."""

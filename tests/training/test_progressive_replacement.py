@@ -143,6 +143,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_resumed_at_any_step_equals_the_uninterrupted_run(case: str, tmp_path: Path) -> None:
     make_model, make_optimizer, config = CASES[case]

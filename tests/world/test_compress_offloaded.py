@@ -41,6 +41,7 @@ def on_disk(folder: Path, weights: Path) -> nn.Module:
     return accelerate.disk_offload(load(folder), str(weights), execution_device=CPU)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("options", [{"repair": "linear"}, TRAINED, GREEDY], ids=["closed form", "trained", "greedy"])
 @pytest.mark.parametrize("placed", [automatic, on_cpu, on_disk])
 def test_it_comes_to_what_the_plain_model_comes_to(

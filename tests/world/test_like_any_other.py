@@ -82,6 +82,7 @@ def test_quantized_in_memory(torchao: Any) -> None:
     assert 0 < (logits(model) - whole).abs().max() / whole.abs().max() < 0.1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_by_torch_with_its_splices(family: str) -> None:
     model = repaired(family).eval()

@@ -82,6 +82,7 @@ SURGERIES: dict[str, Callable[[LayerSurgeon], object]] = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("surgery", SURGERIES.values(), ids=SURGERIES.keys())
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_surgery_is_that_of_the_plain_model(

@@ -261,6 +261,7 @@ def test_how_text_is_cut(steps: dict[str, Any], ignore_merges: bool, name: str |
     assert settings_of(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_keeps_its_tokens_and_its_template(smollm2: tuple[nn.Module, Any], tmp_path: Path) -> None:
     model, tokenizer = smollm2
