@@ -251,12 +251,12 @@ def _require(value: Any, fits: bool, why: str = "") -> Any:
     return value
 
 
-def _inside(value: Any, hint: Any, place: str = "") -> Any:
+def _inside(value: Any, hint: Any, prefix: str = "") -> Any:
     """Convert an element, which is printed only in an error: printing a tensor is slow and waits for its device."""
     try:
         return _convert(value, hint)
     except _Mismatch as error:
-        raise _Mismatch(f"does not fit: {place}{_shown(value)} {error}") from None
+        raise _Mismatch(f"does not fit: {prefix}{_shown(value)} {error}") from None
 
 
 def _whole(value: Any) -> int:
