@@ -1,18 +1,8 @@
 """Record and change the activations of a model while it runs, and store them in a folder."""
 
 from streamline_hooks.recording.activation_store import ActivationStore
-from streamline_hooks.recording.intervention import (
-    Add,
-    Edit,
-    EditCall,
-    Intervention,
-    Mean,
-    Patch,
-    Replace,
-    Resample,
-    Scale,
-    Zero,
-)
+from streamline_hooks.recording.edits import Add, Edit, EditCall, Mean, Patch, Replace, Resample, Scale, Zero
+from streamline_hooks.recording.intervention import Intervention
 from streamline_hooks.recording.recorder import ForwardStopped, HiddenStateRecorder, RecordingConfig
 from streamline_hooks.recording.sites import BLOCK_SITES, MODEL_SITES, BlockSite, ModelSite, Site
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from streamline_hooks.core import (
@@ -24,8 +23,6 @@ from streamline_hooks.core import (
     current_processes,
     get_logger,
     model_digest,
-    read_file,
-    read_json,
     structure_digest,
     suggest,
     texts_digest,
@@ -37,14 +34,22 @@ from streamline_hooks.core import (
 )
 from streamline_hooks.modeling import BlockStack
 from streamline_hooks.recording.recorder import HiddenStateRecorder, RecordedBatch, RecordingConfig
+from streamline_hooks.recording.shard_files import (
+    FORMAT,
+    INDEX,
+    damaged_shard_error,
+    file_size,
+    header_of,
+    read_index,
+    read_shard,
+    require_header,
+    require_own_shard,
+    rows_of_shards,
+)
 from streamline_hooks.recording.sites import BLOCK_SITES, BlockSite
 from streamline_hooks.recording.token_columns import TOKEN_COLUMNS, token_columns_of
 
 logger = get_logger(__name__)
-
-_INDEX, _FORMAT = "index.json", 1
-_CONTENT = "a shard of an ActivationStore"
-_UNFINISHED_INDEX = re.compile(rf"\.{re.escape(_INDEX)}\..*\.writing")  # left by a process that was killed
 
 
 class ActivationStore:
@@ -115,7 +120,7 @@ class ActivationStore:
         self.folder = Path(folder)
         self._shard_bytes, self._partial = shard_bytes, partial
         self._metadata = _json_values(metadata or {})
-        self._index = _read_index(self.folder)
+        self._index = read_index(self.folder)
         self._is_open = False
         self._replaceable = ""  # name of a half-written shard, which may be replaced
         self._rows: dict[str, list[Tensor]] = {}
@@ -364,17 +369,17 @@ class ActivationStore:
                 "folder. Give each rank its own folder and batches, inside streamline_hooks.core.single_process()."
             )
         run = {**run, "metadata": self._metadata}
-        self._index = _read_index(self.folder)
+        self._index = read_index(self.folder)
         if not self._index:
             self._index = {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "fingerprint": texts_digest([json.dumps(run, sort_keys=True)]),
                 "run": run,
                 "columns": {},
                 "complete": False,
                 "shards": [],
             }
-            write_json(self.folder / _INDEX, self._index)
+            write_json(self.folder / INDEX, self._index)
         stored = self._index["run"]
         if stored != run:
             differing = sorted(name for name in {*stored, *run} if stored.get(name) != run.get(name))
@@ -389,10 +394,10 @@ class ActivationStore:
     def _drop_incomplete_shard(self) -> None:
         """Remove the last shard from the index if its file is missing or half-written; raise for any other shard."""
         for number, shard in enumerate(self._shards):
-            if _file_size(self.folder / shard["file"]) == shard["bytes"]:
+            if file_size(self.folder / shard["file"]) == shard["bytes"]:
                 continue
             if number + 1 < len(self._shards):
-                raise _damaged_shard_error(self.folder / shard["file"])
+                raise damaged_shard_error(self.folder / shard["file"])
             logger.warning("%s is missing or incomplete and will be written again.", self.folder / shard["file"])
             self._index = {**self._index, "complete": False, "shards": self._shards[:-1]}
             self._replaceable = shard["file"]
@@ -452,7 +457,7 @@ class ActivationStore:
         self._require_sole_writer()
         values = {"fingerprint": self._index["fingerprint"], "shard": number}
         if path.exists() and path.name != self._replaceable:
-            _require_own(path, values)
+            require_own_shard(path, values)
         # One column at a time leaves the buffer, so that at most one is in memory twice.
         tensors = {name: torch.cat(self._rows.pop(name)) for name in sorted(self._rows)}
         write_file(path, tensors, values)
@@ -466,12 +471,12 @@ class ActivationStore:
         self._rows, self._buffered_bytes, self._buffered_batches = {}, 0, 0
 
     def _write_index(self, index: dict[str, Any]) -> None:
-        write_json(self.folder / _INDEX, index)
+        write_json(self.folder / INDEX, index)
         self._index, self._replaceable = index, ""
 
     def _require_sole_writer(self) -> None:
         """Raise if the index lists shards that this store has not written."""
-        files = [shard["file"] for shard in _read_index(self.folder).get("shards", [])]
+        files = [shard["file"] for shard in read_index(self.folder).get("shards", [])]
         if [name for name in files if name != self._replaceable] != [shard["file"] for shard in self._shards]:
             raise StreamlineError(
                 f"Another process has written to {self.folder}. Expected one writer. Stop the other process, and "
@@ -483,7 +488,7 @@ class ActivationStore:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yield the columns of each shard, in the order of writing."""
         for path, number in self._readable_shards():
-            yield _read_shard(path, number, self._index["fingerprint"])
+            yield read_shard(path, number, self._index["fingerprint"])
 
     def __getitem__(self, rows: int | slice) -> dict[str, Tensor]:
         """Return the columns of one token (without the first axis) or of a slice of tokens."""
@@ -504,12 +509,12 @@ class ActivationStore:
                 break
             path, number = shards[k]
             with safe_open(path, framework="pt") as file:
-                _require_header(_header(file), path, number, self._index["fingerprint"])
+                require_header(header_of(file), path, number, self._index["fingerprint"])
                 for name in (*TOKEN_COLUMNS, *self.columns):
                     part = file.get_slice(name)[max(start - first, 0) : max(stop - first, 0)]
                     parts.setdefault(name, []).append(part)
         if not parts:  # an empty slice at the end
-            return {name: value[:0] for name, value in _read_shard(*shards[-1], self._index["fingerprint"]).items()}
+            return {name: value[:0] for name, value in read_shard(*shards[-1], self._index["fingerprint"]).items()}
         return {name: torch.cat(values) for name, values in parts.items()}
 
     @validate_arguments()
@@ -571,7 +576,7 @@ class ActivationStore:
             "fingerprint": self._index["fingerprint"],
             "shuffle_seed": shuffle_seed,
         }
-        return datasets.IterableDataset.from_generator(_rows_of_shards, gen_kwargs=options)
+        return datasets.IterableDataset.from_generator(rows_of_shards, gen_kwargs=options)
 
     def _readable_shards(self) -> list[tuple[Path, int]]:
         """Return the path and number of each shard; raise if the store is empty, incomplete or damaged."""
@@ -587,8 +592,8 @@ class ActivationStore:
                 "ActivationStore(folder, partial=True)."
             )
         for shard in self._shards:
-            if _file_size(self.folder / shard["file"]) != shard["bytes"]:
-                raise _damaged_shard_error(self.folder / shard["file"])
+            if file_size(self.folder / shard["file"]) != shard["bytes"]:
+                raise damaged_shard_error(self.folder / shard["file"])
         return [(self.folder / shard["file"], number) for number, shard in enumerate(self._shards)]
 
 
@@ -643,85 +648,3 @@ def _json_values(metadata: Mapping[str, Any]) -> Any:
             f"metadata cannot be written as JSON: {error}. Expected numbers, text, None, lists and dicts. Convert the "
             "other values."
         ) from error
-
-
-def _file_size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _damaged_shard_error(path: Path) -> StreamlineError:
-    return StreamlineError(
-        f"{path} is missing or incomplete. Expected the shard that the index lists. Copy it again, or record into a "
-        "new folder."
-    )
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """Return the index of a folder, or an empty dict if the folder is missing or empty."""
-    if not (folder / _INDEX).is_file():
-        others = [path.name for path in folder.iterdir()] if folder.is_dir() else [""] * folder.exists()
-        if any(not _UNFINISHED_INDEX.fullmatch(name) for name in others):
-            raise StreamlineError(
-                f"{folder} is not empty and contains no {_INDEX}, so it was not created by an ActivationStore. Choose "
-                "an empty folder."
-            )
-        return {}
-    index = read_json(folder / _INDEX)
-    if index.get("format") != _FORMAT or "fingerprint" not in index:
-        raise StreamlineError(
-            f"{folder / _INDEX} has format {index.get('format')!r}. Expected the index of an ActivationStore of format "
-            f"{_FORMAT}. Choose another folder, or read it with the version of this library that wrote it."
-        )
-    return index
-
-
-def _header(file: Any) -> Any:
-    """Return the values in the header of an open shard, or None."""
-    try:
-        return json.loads((file.metadata() or {}).get("streamline_hooks", "null"))
-    except ValueError:
-        return None
-
-
-def _require_own(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise unless a file is the shard of this run and number, which a killed process wrote before its index."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            is_own = _header(file) == values
-    except (OSError, SafetensorError):
-        is_own = False
-    if not is_own:
-        raise StreamlineError(
-            f"{path} exists, but it is not a shard of this run. Files that this run did not write are not replaced. "
-            "Move it, or choose another folder."
-        )
-
-
-def _require_header(values: Any, path: Path, number: int, fingerprint: str) -> None:
-    if values != {"fingerprint": fingerprint, "shard": number}:
-        raise StreamlineError(
-            f"{path} belongs to another run or has another number. Expected shard {number} of this run. Copy the "
-            "folder again."
-        )
-
-
-def _read_shard(path: Path, number: int, fingerprint: str) -> dict[str, Tensor]:
-    """Read all columns of a shard; raise if it belongs to another run or position."""
-    tensors, values = read_file(path, _CONTENT)
-    _require_header(values, path, number, fingerprint)
-    return {name: tensors[name] for name in sorted(tensors, key=lambda name: (name not in TOKEN_COLUMNS, name))}
-
-
-def _rows_of_shards(
-    shards: list[tuple[Path, int]], columns: tuple[str, ...], fingerprint: str, shuffle_seed: int | None
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the rows of shards, shuffled within each shard if there is a seed."""
-    for path, number in shards:
-        tensors = _read_shard(path, number, fingerprint)
-        length = len(tensors["tokens"])
-        order: Iterable[int] = range(length)
-        if shuffle_seed is not None:
-            seed = int(texts_digest([f"{shuffle_seed} {number}"])[:15], 16)
-            order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
-        for row in order:
-            yield {name: tensors[name][row] for name in columns}

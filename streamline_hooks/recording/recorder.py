@@ -47,6 +47,7 @@ from streamline_hooks.modeling import (
     require_finite,
     token_mask,
 )
+from streamline_hooks.recording.resolve_sites import resolve_sites
 from streamline_hooks.recording.sites import (
     BLOCK_SITES,
     MODEL_SITES,
@@ -56,7 +57,6 @@ from streamline_hooks.recording.sites import (
     Site,
     SiteAccess,
     checked_sites,
-    resolve_sites,
 )
 from streamline_hooks.recording.state_flow import StateFlowCheck
 
