@@ -1,15 +1,19 @@
 """Measure the cost of recording activations: time of a forward pass with and without it.
 
-    python -m benchmarks.recording_cost [--data FOLDER] [--rounds 9] [--tokens 256] [--batch-size 4]
+    python -m benchmarks.recording_cost [--data FOLDER] [--rounds 9] [--tokens 256] [--batch-size 4] [--compile]
 
 Forward passes of SmolLM2-135M-Instruct on the same batch are timed in turn: alone, with ``output_hidden_states``, with
 `HiddenStateRecorder`, and with nnsight if it is installed. Ratios are those of medians. The outputs of all blocks are
 recorded as copies, and without copies (``detach=False``), which leaves out the time of copying. A recorder is opened
 anew in each pass; the sites inside blocks, which are found when they are first used, are found in the warm-up round.
+
+``--compile`` adds the model compiled by ``torch.compile(fullgraph=True)``, alone and with recorders that stay open, and
+compares with the compiled model alone. The first round compiles.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 from collections.abc import Callable, Iterable
@@ -28,6 +32,7 @@ from streamline_hooks.recording import RecordingConfig
 FILE = RESULTS / "recording_cost.json"
 SITES = ("attention.output", "mlp.output", "block.output")
 BLOCKS = (7, 14, 21)
+COMPILED = "compiled forward"
 Ways = dict[str, Callable[[], object]]
 
 
@@ -36,19 +41,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="measure recorders of a compiled model too (minutes)")
     parser.add_argument("--dry", action="store_true", help="print the table without writing the result")
     options = parser.parse_args()
     seconds = measure(options)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    alone = next(iter(median.values()))
     content = {
         "command": f"python -m benchmarks.recording_cost --rounds {options.rounds} --tokens {options.tokens} "
-        f"--batch-size {options.batch_size}",
+        f"--batch-size {options.batch_size}{' --compile' * options.compile}",
         "machine": machine() | {"load": os.getloadavg()[0]},
         "tokens": options.tokens * options.batch_size,
         "seconds": seconds,
         "median": median,
-        "ratio": {name: value / alone for name, value in median.items()},
+        "ratio": {
+            name: value / median[COMPILED if name.startswith(COMPILED) else "forward"] for name, value in median.items()
+        },
     }
     if not options.dry:
         write(FILE, content)
@@ -65,7 +72,8 @@ def measure(options: Any) -> dict[str, list[float]]:
     stream = torch.cat([batch["input_ids"].flatten() for batch in text])
     count = options.tokens * options.batch_size
     ids = stream.repeat(-(-count // len(stream)))[:count].view(options.batch_size, -1)
-    return interleaved(ways_to_run(model, ids), options.rounds)
+    ways = ways_to_run(model, ids) | (compiled_ways(model, ids) if options.compile else {})
+    return interleaved(ways, options.rounds)
 
 
 def ways_to_run(model: nn.Module, ids: torch.Tensor) -> Ways:
@@ -106,6 +114,31 @@ def ways_to_run(model: nn.Module, ids: torch.Tensor) -> Ways:
                 saved.append(layer.output.save())
 
     return ways | {"nnsight: the same outputs of 3 blocks": trace_sites, "nnsight: outputs of all blocks": trace_blocks}
+
+
+def compiled_ways(model: nn.Module, ids: torch.Tensor) -> Ways:
+    """Return functions that run a compiled copy with shared weights once: alone, and with recorders that stay open."""
+    recorders: dict[str, tuple[Iterable[str], Iterable[int] | None]] = {
+        f"{', '.join(SITES)} of 3 blocks": (SITES, BLOCKS),
+        "block.output of all blocks": (["block.output"], None),
+    }
+
+    def compiled_copy() -> tuple[nn.Module, Callable[..., Any]]:
+        shared = copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
+        return shared, torch.compile(shared, fullgraph=True)
+
+    _, alone = compiled_copy()
+    ways: Ways = {COMPILED: lambda: alone(input_ids=ids, use_cache=False)}
+    for name, (sites, blocks) in recorders.items():
+        shared, run = compiled_copy()
+        record = HiddenStateRecorder(shared, blocks, sites=sites).__enter__()
+
+        def recorded(record: HiddenStateRecorder = record, run: Callable[..., Any] = run) -> None:
+            record.clear()
+            run(input_ids=ids, use_cache=False)
+
+        ways[f"{COMPILED}, recorder: {name}"] = recorded
+    return ways
 
 
 def table(content: dict[str, Any]) -> str:
