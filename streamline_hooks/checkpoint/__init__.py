@@ -3,6 +3,7 @@
 from streamline_hooks.checkpoint.blockwise_source import BlockwiseSource
 from streamline_hooks.checkpoint.card import STAGE_LABELS, model_card
 from streamline_hooks.checkpoint.compare import BlockMatch, compare_blocks
+from streamline_hooks.checkpoint.elastic import save_elastic
 from streamline_hooks.checkpoint.export.export_folder import check_export, export_folder, load_tokenizer
 from streamline_hooks.checkpoint.export.gguf import export_gguf
 from streamline_hooks.checkpoint.export.onnx import export_onnx
@@ -61,6 +62,7 @@ __all__ = [
     "read_plans",
     "require_causal_lm",
     "save",
+    "save_elastic",
     "stored_bytes",
     "task_of_pretrained",
     "update_checksums",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from streamline_hooks.checkpoint.custom_modules import load_module
+from streamline_hooks.checkpoint.elastic import commit_depth, has_depths, load_depths
 from streamline_hooks.checkpoint.pretrained import error_summary
 from streamline_hooks.checkpoint.safety import CONFIG, DESCRIPTION, INDEX, WEIGHTS, check_folder
 from streamline_hooks.core import StreamlineError, read_json, validate_arguments
@@ -23,7 +24,9 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 @overload
-def load(folder: str | Path, *, into: None = None, as_original: bool = False, **kwargs: Any) -> PreTrainedModel: ...
+def load(
+    folder: str | Path, *, into: None = None, as_original: bool = False, depth: int | None = None, **kwargs: Any
+) -> PreTrainedModel: ...
 
 
 @overload
@@ -31,7 +34,14 @@ def load(folder: str | Path, *, into: _Model, as_original: bool = False, **kwarg
 
 
 @validate_arguments()
-def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool = False, **kwargs: Any) -> nn.Module:
+def load(
+    folder: str | Path,
+    *,
+    into: nn.Module | None = None,
+    as_original: bool = False,
+    depth: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """Load a compressed model.
 
     Parameters
@@ -44,6 +54,9 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
         weights in their saved dtype, on the devices of the model. A model that does not fit is not changed.
     as_original : bool
         Whether to raise if the model is not of the original's class because of spliced modules; default False.
+    depth : int, optional
+        Number of blocks of a model that `save_elastic` wrote. The other blocks are discarded. By default the model has
+        all blocks, and `at_depth` runs it with fewer.
     **kwargs
         Arguments of ``from_pretrained``; `dtype` is the saved one by default, also in Transformers 4. Code in the
         folder runs only with ``trust_remote_code=True``.
@@ -57,8 +70,8 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
     ------
     StreamlineError
         If a file is missing, damaged, of another model, outside the folder, or in a format that can run code; if `into`
-        is missing, not needed, or another architecture; or if the model has splices and `as_original` is set. The
-        message names the file and the key.
+        is missing, not needed, or another architecture; if the model has splices and `as_original` is set; or if the
+        folder has no such `depth`. The message names the file and the key.
 
     Examples
     --------
@@ -88,7 +101,8 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
     """
     folder_path = Path(folder)
     if (folder_path / DESCRIPTION).is_file():
-        return _load_plain(folder_path, into, ["as_original"] * as_original + list(kwargs))
+        given = ["as_original"] * as_original + ["depth"] * (depth is not None) + list(kwargs)
+        return _load_plain(folder_path, into, given)
     if into is not None:
         raise StreamlineError(
             f"into= is for models outside Transformers, but {folder_path} contains no {DESCRIPTION}. A Transformers "
@@ -100,6 +114,11 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
             f"{unsupported[0]}= would load files that are not validated. Expected a folder that `save` wrote. Omit it."
         )
     config = check_folder(folder_path, code=bool(kwargs.get("trust_remote_code")))
+    if depth is not None and not has_depths(folder_path):
+        raise StreamlineError(
+            f"load: depth={depth} was given, but {folder_path} contains a model with one depth. Expected a folder that "
+            "save_elastic wrote. Leave depth out."
+        )
     model_type = config.get("model_type")
     if as_original and model_type == MODEL_TYPE:
         raise StreamlineError(
@@ -139,6 +158,10 @@ def load(folder: str | Path, *, into: nn.Module | None = None, as_original: bool
             )
     if find_sentence_folder(folder_path) is not None:
         model.name_or_path = str(folder_path.absolute())  # absolute, so `save` finds it from any directory
+    if has_depths(folder_path):
+        load_depths(model, folder_path)
+        if depth is not None:
+            commit_depth(model, depth)
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -118,7 +118,7 @@ def save(
             f"max_shard_size={max_shard_size!r} is for Transformers models, but the weights of a "
             f"{type(model).__name__} are written to one file. Omit it."
         )
-    _check_not_source(model, target)
+    check_not_source(model, target)
     sentence_folder = sentence_folder_of(model)
     with atomic_checkpoint(target, overwrite) as new_folder:
         if callable(save_pretrained):
@@ -191,7 +191,7 @@ def _contains_working_directory(folder: Path) -> bool:
     return any(os.path.samefile(folder, parent) for parent in (here, *here.parents))
 
 
-def _check_not_source(model: nn.Module, target: Path) -> None:
+def check_not_source(model: nn.Module, target: Path) -> None:
     """Raise if offloaded weights of the model are read from the folder that would be replaced."""
     source = str(getattr(model, "name_or_path", ""))
     is_source = os.path.isdir(source) and os.path.isdir(target) and os.path.samefile(source, target)

@@ -5,6 +5,15 @@
 
 from streamline_hooks.surgery.bypass import bypass, bypassing
 from streamline_hooks.surgery.config_copies import ConfigCopies
+from streamline_hooks.surgery.depths import (
+    DepthCut,
+    DepthCuts,
+    at_depth,
+    attach_depths,
+    depth_cuts_of,
+    depths_of,
+    set_depths,
+)
 from streamline_hooks.surgery.edits import RECORD, Edits
 from streamline_hooks.surgery.fold import foldable
 from streamline_hooks.surgery.hazards import Hazard, find_hazards
@@ -58,6 +67,8 @@ __all__ = [
     "RECORD",
     "CombinedPlan",
     "ConfigCopies",
+    "DepthCut",
+    "DepthCuts",
     "Edits",
     "Hazard",
     "LayerSurgeon",
@@ -68,6 +79,8 @@ __all__ = [
     "StreamlinedConfig",
     "SurgeryPlan",
     "as_state_source",
+    "at_depth",
+    "attach_depths",
     "base_class",
     "bypass",
     "bypassing",
@@ -75,6 +88,8 @@ __all__ = [
     "combine_plans",
     "committed_surgeries",
     "config_for_blocks",
+    "depth_cuts_of",
+    "depths_of",
     "describe_stacks",
     "find_config_copies",
     "find_hazards",
@@ -93,6 +108,7 @@ __all__ = [
     "run_reference_with_hooks",
     "run_splices",
     "saved_model_depth",
+    "set_depths",
     "set_splices",
     "snapshot_splices",
     "spliced",
