@@ -101,8 +101,8 @@ def load(
     """
     folder_path = Path(folder)
     if (folder_path / DESCRIPTION).is_file():
-        given = ["as_original"] * as_original + ["depth"] * (depth is not None) + list(kwargs)
-        return _load_plain(folder_path, into, given)
+        refused_names = ["as_original"] * as_original + ["depth"] * (depth is not None) + list(kwargs)
+        return _load_plain(folder_path, into, refused_names)
     if into is not None:
         raise StreamlineError(
             f"into= is for models outside Transformers, but {folder_path} contains no {DESCRIPTION}. A Transformers "

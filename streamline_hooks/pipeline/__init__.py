@@ -15,6 +15,7 @@ from streamline_hooks.pipeline.cost import (
     measure_rates,
     state_memory_left,
 )
+from streamline_hooks.pipeline.depths import FittedDepth, fit_depths
 from streamline_hooks.pipeline.job import CompressionJob, JobData, JobLimits, suite_for_model, takes_documents
 from streamline_hooks.pipeline.plan import TrainingPlan, estimate_cost, estimate_ranking, plan_training
 from streamline_hooks.pipeline.prepare import split_held_out
@@ -39,6 +40,7 @@ __all__ = [
     "DataConfig",
     "DeviceRates",
     "EvaluationConfig",
+    "FittedDepth",
     "JobData",
     "JobLimits",
     "ModelShape",
@@ -59,6 +61,7 @@ __all__ = [
     "estimate_cost",
     "estimate_from_shape",
     "estimate_ranking",
+    "fit_depths",
     "fits_in_memory",
     "format_duration",
     "measure_rates",

@@ -1,4 +1,4 @@
-"""Run a model at several depths: for each depth, the windows that are left out and the modules in their place.
+"""Run a model at several depths: leave out windows, and run other modules in their place.
 
 The cuts of a model are stored on the model, but they are not part of it: its parameters, state dict and checkpoint are
 those of the full depth.
@@ -106,11 +106,11 @@ def set_depths(model: nn.Module, cuts: Sequence[DepthCut], *, stack: str | None 
     >>> depths_of(model)
     (8, 6, 4)
     """
-    found = find_stack(model, stack)
-    refuse_open_surgery(found, "set_depths")
+    block_stack = find_stack(model, stack)
+    refuse_open_surgery(block_stack, "set_depths")
     ordered = sorted(cuts, key=lambda cut: len(cut.removed))
     for cut in ordered:
-        _check_modules(cut, StackLayout(list(found.blocks)))
+        _check_modules(cut, StackLayout(list(block_stack.blocks)))
     for smaller, larger in pairwise(ordered):
         if not smaller.removed < larger.removed:
             raise StreamlineError(
@@ -118,9 +118,10 @@ def set_depths(model: nn.Module, cuts: Sequence[DepthCut], *, stack: str | None 
                 "Expected cuts that leave out all blocks of smaller cuts, each of another depth. Choose other windows."
             )
     for cut in ordered:
-        with LayerSurgeon(model, found.path) as surgeon:
+        with LayerSurgeon(model, block_stack.path) as surgeon:
             cut.apply(surgeon)
-    attach_depths(model, DepthCuts(found.path, len(found), {len(found) - len(cut.removed): cut for cut in ordered}))
+    by_depth = {len(block_stack) - len(cut.removed): cut for cut in ordered}
+    attach_depths(model, DepthCuts(block_stack.path, len(block_stack), by_depth))
 
 
 def attach_depths(model: nn.Module, cuts: DepthCuts) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from streamline_hooks.core import execution_device
 from streamline_hooks.modeling import BlockStack
 
-_T = TypeVar("_T")
 Placement = dict[str, tuple[torch.device, torch.dtype]]
 
 
 def placement_by_name(module: nn.Module) -> Placement:
     """Return the device and dtype of each parameter and buffer of a module."""
-    return {name: (tensor.device, tensor.dtype) for name, tensor in _named_tensors(module).items()}
+    return _placements(_named_tensors(module))
 
 
 def match_block(module: nn.Module, block: nn.Module) -> None:
@@ -97,7 +95,7 @@ class BlockStates:
 
     def __init__(self, stack: BlockStack) -> None:
         self._placements = [placement_by_name(block) for block in stack.blocks]
-        self._placement_outside = _outside(stack, placement_by_name(stack.model))
+        self._placement_outside = _placements(_tensors_outside(stack))
         self._flags = _Flags(stack)
 
     def follow(self, stack: BlockStack, kept: Iterable[int]) -> None:
@@ -107,7 +105,7 @@ class BlockStates:
         """
         present = set(kept)
         if len(present) < len(stack):
-            now = _outside(stack, placement_by_name(stack.model))
+            now = _placements(_tensors_outside(stack))
             moved = {before: now[name] for name, before in self._placement_outside.items() if name in now}
             _follow_placement(stack.blocks, present, self._placements, moved)
         self.follow_flags(stack, present)
@@ -121,18 +119,20 @@ class BlockStates:
         """
         present, before, now = set(kept), self._flags, _Flags(stack)
         removed = [k for k in range(len(stack)) if k not in present]
+        is_changed = False
         if removed:
             modes = _Changes(before.modes, now.modes, present, [(before.container_mode, now.container_mode)])
             outside = [(before.outside[name], value) for name, value in now.outside.items() if name in before.outside]
             grads = _Changes(before.grads, now.grads, present, outside)
             for k in removed:
                 for path, module in stack[k].named_modules():
-                    module.training = modes.value(path, before.modes[k].get(path), module.training)
+                    if (mode := modes.value(path, before.modes[k].get(path), module.training)) != module.training:
+                        module.training, is_changed = mode, True
                 for name, parameter in stack[k].named_parameters():
                     current = parameter.requires_grad
                     if (value := grads.value(name, before.grads[k].get(name), current)) != current:
-                        parameter.requires_grad = value
-        self._flags = _Flags(stack)
+                        parameter.requires_grad, is_changed = value, True
+        self._flags = _Flags(stack) if is_changed else now
 
 
 class _Flags:
@@ -140,9 +140,9 @@ class _Flags:
 
     def __init__(self, stack: BlockStack) -> None:
         self.modes = [{path: module.training for path, module in block.named_modules()} for block in stack.blocks]
-        self.grads = [_grads(block) for block in stack.blocks]
+        self.grads = [_grads(dict(block.named_parameters())) for block in stack.blocks]
         self.container_mode = stack.container.training
-        self.outside = _outside(stack, _grads(stack.model))
+        self.outside = _grads(_tensors_outside(stack))
 
 
 class _Changes:
@@ -196,13 +196,28 @@ def _follow_placement(
                 tensor.data = tensor.data.to(device=target[0], dtype=target[1])
 
 
-def _grads(module: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in module.named_parameters() if p.is_floating_point()}
+def _placements(tensors: Mapping[str, Tensor]) -> Placement:
+    return {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _outside(stack: BlockStack, by_name: dict[str, _T]) -> dict[str, _T]:
-    """Select the entries outside the stack."""
-    return {name: value for name, value in by_name.items() if not name.startswith(f"{stack.path}.")}
+def _grads(tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    floating = {name: p for name, p in tensors.items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
+    return {name: parameter.requires_grad for name, parameter in floating.items()}
+
+
+def _tensors_outside(stack: BlockStack) -> dict[str, Tensor]:
+    """Return the parameters and buffers outside the stack by name, without visiting the blocks."""
+    tensors: dict[str, Tensor] = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        named = (*module._parameters.items(), *module._buffers.items())
+        tensors.update({f"{prefix}{name}": tensor for name, tensor in named if tensor is not None})
+        for name, child in module._modules.items():
+            if child is not None and child is not stack.container:
+                visit(child, f"{prefix}{name}.")
+
+    visit(stack.model, "")
+    return tensors
 
 
 def _named_tensors(block: nn.Module) -> dict[str, Tensor]:
