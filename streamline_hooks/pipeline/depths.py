@@ -102,7 +102,7 @@ def fit_depths(
         If there is no combination of windows that can be removed.
     StreamlineError
         If the arguments are invalid, the replacement changes or copies blocks of the model, the config has a
-        distillation or several rounds, or there are several processes.
+        distillation, or there are several processes.
 
     Notes
     -----
@@ -159,10 +159,10 @@ def _check_config(config: CompressionConfig) -> None:
             f"fit_depths: the search {config.search.kind!r} was given. Expected one window of blocks for each depth. "
             "Use WindowSearch."
         )
-    if config.distillation is not None or config.rounds != 1:
+    if config.distillation is not None:
         raise StreamlineError(
-            "fit_depths: the config has a distillation or several rounds. Expected closed-form replacements, because "
-            "training with healing would change the weights that all depths share. Leave both out."
+            "fit_depths: the config has a distillation. Expected closed-form replacements, because training with "
+            "healing would change the weights that all depths share. Leave it out."
         )
     if config.repair.slots:
         raise StreamlineError(

@@ -407,7 +407,7 @@ def test_several_windows_are_fitted_and_judged_as_in_memory(
         assert one.tokens == other.tokens and one.nll == pytest.approx(other.nll, rel=1e-5)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("block", [1, 3])
 def test_several_windows_go_on(block: int, tmp_path: Path) -> None:
     folder, _ = written(tmp_path)

@@ -117,10 +117,14 @@ def test_a_depth_can_be_saved_as_a_model_of_its_own(tmp_path: Path) -> None:
 
 def test_another_dtype_is_that_of_the_replacements_too(tmp_path: Path) -> None:
     folder, batch = save_elastic(elastic(), tmp_path / "m"), left_padded(2, 7)
-    loaded, cast = load(folder, dtype=torch.bfloat16), elastic().to(torch.bfloat16)
+    loaded, exact = load(folder, dtype=torch.bfloat16), elastic()
     for depth in depths_of(loaded):
-        with at_depth(loaded, depth), at_depth(cast, depth):
-            assert torch.equal(loaded(**batch).logits, cast(**batch).logits)
+        shallow = load(folder, depth=depth, dtype=torch.bfloat16)
+        with at_depth(loaded, depth), at_depth(exact, depth):
+            assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+            logits = loaded(**batch).logits
+            assert torch.equal(logits, shallow(**batch).logits)
+            torch.testing.assert_close(logits.float(), exact(**batch).logits, rtol=0.1, atol=0.2)
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
@@ -191,5 +195,5 @@ def test_a_changed_file_is_refused(how: str, text: str, tmp_path: Path) -> None:
 
 def test_the_card_lists_the_depths(tmp_path: Path) -> None:
     card = (save_elastic(elastic(), tmp_path / "m") / "README.md").read_text()
-    assert "| 4 of 6 | blocks 3 to 4 | LinearReplacement |" in card
-    assert "| 2 of 6 | block 0 and blocks 2 to 4 | nothing, SwiGLUReplacement |" in card
+    assert "| 4 of 6 | 3 to 4 | LinearReplacement |" in card
+    assert "| 2 of 6 | 0, 2 to 4 | nothing, SwiGLUReplacement |" in card

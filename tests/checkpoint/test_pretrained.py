@@ -181,6 +181,7 @@ def test_smollm2(smollm2: tuple[Any, Any]) -> None:
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_is_saved_and_loaded_with_equal_logits(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = smollm2

@@ -97,7 +97,7 @@ def test_it_writes_what_the_model_in_memory_would_be(
     assert not list(tmp_path.glob(".one*"))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--search", "attention"]])
 def test_options_are_those_in_memory(
     command: Command, too_large: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]

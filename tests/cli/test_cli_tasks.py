@@ -190,6 +190,7 @@ def test_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert code == 2 and re.search(r"kl.*for embedding has none.*Use embedding", err)
 
 
+@pytest.mark.long
 def test_an_encoder_with_a_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

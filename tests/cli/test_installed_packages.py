@@ -124,6 +124,7 @@ def test_nothing_is_imported_with_the_library(plug: Path) -> None:
     assert done.stdout.split("\n")[:3] == ["before", "imported streamline_plug", "after"]
 
 
+@pytest.mark.long
 def test_a_broken_package_and_one_that_takes_a_name(tmp_path: Path) -> None:
     groups = ("criteria", "replacements", "searches", "losses", "stack_finders")
     broken = {f"streamline_hooks.{group}": {"broken": "broken_plug:thing"} for group in groups}

@@ -174,6 +174,7 @@ def test_a_process_without_a_row_has_none_and_reads_nothing() -> None:
     assert tuple(part.input_ids.shape) == (0, 64) and part.batches(2) == [] and part.note == ""
 
 
+@pytest.mark.long
 def test_two_processes_profile_their_own_rows_and_fail_together(tmp_path: Path) -> None:
     words = [f"{'x' * (n % 7)} {'y ' * (n % 50)} {n:b}" for n in range(400)]
     (tmp_path / "a.jsonl").write_text(jsonl(*words))

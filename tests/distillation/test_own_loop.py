@@ -40,6 +40,7 @@ _LOOP = """
 """
 
 
+@pytest.mark.long
 def test_a_replacement_trains_under_ddp_as_it_does_alone(tmp_path: Path) -> None:
     from tests.tiny_models import Nudge
 

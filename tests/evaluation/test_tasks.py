@@ -311,6 +311,7 @@ def test_unknown_tasks_and_data_that_is_missing(stories: tuple[Any, Any], tasks:
         run_tasks(*stories, ["piqa"])
 
 
+@pytest.mark.long
 def test_what_cannot_be_run(stories: tuple[Any, Any], tasks: Path) -> None:
     model, tokenizer = stories
     file = str(tasks / "likeliest.yaml")

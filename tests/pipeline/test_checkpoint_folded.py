@@ -89,7 +89,7 @@ def test_another_dtype_is_that_in_memory(kind: str, tmp_path: Path) -> None:
     assert {weight.dtype for weight in weights_in(tmp_path / "apart").values()} == {torch.bfloat16}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["folded", "scale"])
 def test_several_windows_are_those_in_memory(kind: str, tmp_path: Path) -> None:
     """A second window is fitted on the model with the first one repaired, and a factor is on top of another."""
@@ -105,7 +105,7 @@ def break_off(*_: Any, **__: Any) -> Any:
     raise Interrupted
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["folded", "scale"])
 def test_a_continued_run_changes_the_weights_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in passes over the original and over repaired models, and before and after the surgery."""

@@ -103,6 +103,7 @@ def test_the_same_text_is_known_by_its_tokens(
     assert other.result.data["fingerprint"][:12] in warning
 
 
+@pytest.mark.long
 def test_text_that_cannot_be_read_again_is_asked_for(
     unrecorded: Path, stories: tuple[Any, Any], story_texts: list[str], tmp_path: Path
 ) -> None:

@@ -211,6 +211,7 @@ def test_where_massive_activations_are_born_and_die(family: str) -> None:
     assert profile(model, [tokens(4, 12)], skip=1).massive_activation_blocks == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2s_are_born_in_block_11(smollm2: tuple[Any, Any]) -> None:
     model, tokenizer = smollm2

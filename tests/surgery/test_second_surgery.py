@@ -162,7 +162,7 @@ def test_what_was_spliced_in_keeps_its_precision(what: str) -> None:
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("healing", ["lora:rank=4", "partial:where=all,learning_rate_ratio=0.1"])
 def test_a_zeroed_branch_stays_zero_where_its_block_is_healed(healing: str) -> None:
     if healing.startswith("lora"):

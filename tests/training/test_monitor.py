@@ -174,7 +174,7 @@ def compile_in_place(model: nn.Module) -> Callable[..., Any]:
     return model
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("compiled", [compile_whole, compile_in_place])
 def test_compiled_inside(compiled: Callable[[nn.Module], Callable[..., Any]]) -> None:
     torch.compiler.reset()

@@ -207,6 +207,7 @@ for number, _ in enumerate(continued(run, replacing(run[0], run[1]), range(1, 7)
 """
 
 
+@pytest.mark.long
 def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
     process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ, check=False)
     assert process.returncode == -signal.SIGKILL

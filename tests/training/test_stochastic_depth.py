@@ -492,6 +492,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.long
 def test_two_processes_draw_the_same_with_one_seed_and_stay_equal_with_two(tmp_path: Path) -> None:
     one, other = in_two_processes(TWO_PROCESSES, tmp_path)
     assert "DistributedDataParallel already" in one["refused"]
