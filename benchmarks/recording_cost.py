@@ -4,11 +4,11 @@
 
 Forward passes of SmolLM2-135M-Instruct on the same batch are timed in turn: alone, with ``output_hidden_states``, with
 `HiddenStateRecorder`, and with nnsight if it is installed. Ratios are those of medians. The outputs of all blocks are
-recorded as copies, and without copies (``detach=False``), which leaves out the time of copying. A recorder is opened
-anew in each pass; the sites inside blocks, which are found when they are first used, are found in the warm-up round.
+recorded as copies, and without copies (``detach=False``), which leaves out the time of copying. Recorders stay open, on
+copies of the model with shared weights; one row opens a recorder anew in each pass.
 
-``--compile`` adds the model compiled by ``torch.compile(fullgraph=True)``, alone and with recorders that stay open, and
-compares with the compiled model alone. The first round compiles.
+``--compile`` measures the model compiled by ``torch.compile(fullgraph=True)`` instead, alone and with recorders that
+stay open. The first round compiles. The results are saved to ``recording_cost_compiled.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--compile", action="store_true", help="measure recorders of a compiled model too (minutes)")
+    parser.add_argument("--compile", action="store_true", help="measure recorders of a compiled model instead")
     parser.add_argument("--dry", action="store_true", help="print the table without writing the result")
     options = parser.parse_args()
     seconds = measure(options)
@@ -53,13 +53,12 @@ def main() -> None:
         "tokens": options.tokens * options.batch_size,
         "seconds": seconds,
         "median": median,
-        "ratio": {
-            name: value / median[COMPILED if name.startswith(COMPILED) else "forward"] for name, value in median.items()
-        },
+        "ratio": {name: value / next(iter(median.values())) for name, value in median.items()},
     }
     if not options.dry:
-        write(FILE, content)
-        FILE.with_suffix(".md").write_text(table(content))
+        file = FILE.with_stem("recording_cost_compiled") if options.compile else FILE
+        write(file, content)
+        file.with_suffix(".md").write_text(table(content))
     print(table(content))
 
 
@@ -72,8 +71,12 @@ def measure(options: Any) -> dict[str, list[float]]:
     stream = torch.cat([batch["input_ids"].flatten() for batch in text])
     count = options.tokens * options.batch_size
     ids = stream.repeat(-(-count // len(stream)))[:count].view(options.batch_size, -1)
-    ways = ways_to_run(model, ids) | (compiled_ways(model, ids) if options.compile else {})
-    return interleaved(ways, options.rounds)
+    return interleaved((compiled_ways if options.compile else ways_to_run)(model, ids), options.rounds)
+
+
+def copy_with_shared_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with modules and hooks of its own and the same weights."""
+    return copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
 
 
 def ways_to_run(model: nn.Module, ids: torch.Tensor) -> Ways:
@@ -82,16 +85,27 @@ def ways_to_run(model: nn.Module, ids: torch.Tensor) -> Ways:
     def forward(**options: Any) -> None:
         model(input_ids=ids, use_cache=False, **options)
 
-    def record(sites: Iterable[str], blocks: Iterable[int] | None, detach: bool = True) -> None:
-        with HiddenStateRecorder(model, blocks, sites=sites, config=RecordingConfig(detach=detach)):
+    def open_anew() -> None:
+        with HiddenStateRecorder(model, BLOCKS, sites=SITES):
             forward()
+
+    def recording(sites: Iterable[str], blocks: Iterable[int] | None, detach: bool = True) -> Callable[[], None]:
+        shared = copy_with_shared_weights(model)
+        record = HiddenStateRecorder(shared, blocks, sites=sites, config=RecordingConfig(detach=detach)).__enter__()
+
+        def run() -> None:
+            record.clear()
+            shared(input_ids=ids, use_cache=False)
+
+        return run
 
     ways: Ways = {
         "forward": forward,
         "output_hidden_states": lambda: forward(output_hidden_states=True),
-        f"recorder: {', '.join(SITES)} of 3 blocks": lambda: record(SITES, BLOCKS),
-        "recorder: block.output of all blocks": lambda: record(["block.output"], None),
-        "recorder: block.output of all blocks, no copies": lambda: record(["block.output"], None, detach=False),
+        f"recorder: {', '.join(SITES)} of 3 blocks": recording(SITES, BLOCKS),
+        "the same, opened anew": open_anew,
+        "recorder: block.output of all blocks": recording(["block.output"], None),
+        "recorder: block.output of all blocks, no copies": recording(["block.output"], None, detach=False),
     }
     try:
         from nnsight import NNsight
@@ -123,14 +137,11 @@ def compiled_ways(model: nn.Module, ids: torch.Tensor) -> Ways:
         "block.output of all blocks": (["block.output"], None),
     }
 
-    def compiled_copy() -> tuple[nn.Module, Callable[..., Any]]:
-        shared = copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
-        return shared, torch.compile(shared, fullgraph=True)
-
-    _, alone = compiled_copy()
+    alone = torch.compile(copy_with_shared_weights(model), fullgraph=True)
     ways: Ways = {COMPILED: lambda: alone(input_ids=ids, use_cache=False)}
     for name, (sites, blocks) in recorders.items():
-        shared, run = compiled_copy()
+        shared = copy_with_shared_weights(model)
+        run = torch.compile(shared, fullgraph=True)
         record = HiddenStateRecorder(shared, blocks, sites=sites).__enter__()
 
         def recorded(record: HiddenStateRecorder = record, run: Callable[..., Any] = run) -> None:
