@@ -93,6 +93,7 @@ class Add(Edit):
     Examples
     --------
     >>> import torch
+    >>> from streamline_hooks.recording import Intervention
     >>> from streamline_hooks.testing import tiny_model
     >>> model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5]])
     >>> with torch.no_grad(), Intervention(model, {("block.output", 2): Add(torch.ones(32), 4.0)}):
@@ -162,6 +163,7 @@ class Resample(Edit):
     Examples
     --------
     >>> import torch
+    >>> from streamline_hooks.recording import Intervention
     >>> from streamline_hooks.testing import tiny_model
     >>> model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5]])
     >>> edits = {("mlp.output", 2): Resample(torch.zeros(4, 32), seed=1)}

@@ -99,6 +99,7 @@ class Intervention:
     Halve what the attention of block 3 adds at the last token:
 
     >>> import torch
+    >>> from streamline_hooks.recording import Scale
     >>> from streamline_hooks.testing import tiny_model
     >>> model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5]])
     >>> with torch.no_grad(), Intervention(model, {("attention.output", 3): Scale(0.5)}, tokens="last"):
