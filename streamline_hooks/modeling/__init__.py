@@ -105,6 +105,7 @@ from streamline_hooks.modeling.task import (
     reference_outputs,
     select_tokens,
     sum_distance,
+    summed_kl,
     task_from_class_names,
 )
 
@@ -203,6 +204,7 @@ __all__ = [
     "sentence_folder_of",
     "sum_distance",
     "sum_order_tolerance",
+    "summed_kl",
     "task_from_class_names",
     "token_mask",
     "tokens_first",

@@ -20,6 +20,7 @@ from streamline_hooks.pipeline.job import CompressionJob, JobData, JobLimits, su
 from streamline_hooks.pipeline.plan import TrainingPlan, estimate_cost, estimate_ranking, plan_training
 from streamline_hooks.pipeline.prepare import split_held_out
 from streamline_hooks.pipeline.presets import PRESETS, Preset
+from streamline_hooks.pipeline.prompt_skip import FittedPromptSkip, fit_prompt_skip
 from streamline_hooks.pipeline.ranking_job import RankingJob
 from streamline_hooks.pipeline.refit import PLAIN_KINDS, RefitResult, refit, refit_kinds
 from streamline_hooks.pipeline.report import write_report
@@ -41,6 +42,7 @@ __all__ = [
     "DeviceRates",
     "EvaluationConfig",
     "FittedDepth",
+    "FittedPromptSkip",
     "JobData",
     "JobLimits",
     "ModelShape",
@@ -62,6 +64,7 @@ __all__ = [
     "estimate_from_shape",
     "estimate_ranking",
     "fit_depths",
+    "fit_prompt_skip",
     "fits_in_memory",
     "format_duration",
     "measure_rates",

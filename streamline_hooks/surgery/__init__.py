@@ -36,6 +36,7 @@ from streamline_hooks.surgery.model_source import ModelSource, as_state_source
 from streamline_hooks.surgery.placement import match_block, matched_dtype
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
 from streamline_hooks.surgery.probe import find_mismatch, run_reference_with_hooks
+from streamline_hooks.surgery.prompt_skip import PromptSkip
 from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.save_guard import saved_model_depth
 from streamline_hooks.surgery.session import refuse_open_surgery
@@ -73,6 +74,7 @@ __all__ = [
     "Hazard",
     "LayerSurgeon",
     "ModelSource",
+    "PromptSkip",
     "Slot",
     "Splice",
     "StackLayout",

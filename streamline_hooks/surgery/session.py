@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -27,6 +28,7 @@ from streamline_hooks.surgery.save_guard import saved_model_depth, transformers_
 from streamline_hooks.surgery.zeroed_branches import ParameterSwap
 
 _open: WeakKeyDictionary[nn.Module, list[Session]] = WeakKeyDictionary()  # by container
+_skipping: WeakSet[nn.Module] = WeakSet()  # containers of stacks with an open PromptSkip
 
 BranchSwaps = Mapping[tuple[int, Branch], ParameterSwap]
 """Replaced output projections, by the old index of the block and the branch."""
@@ -39,6 +41,17 @@ def refuse_open_surgery(stack: BlockStack, operation: str) -> None:
             f"A LayerSurgeon is open on {stack.path}, and its exit would undo the effect of {operation}. Commit or "
             f"close it first, or call {operation} outside of its with statement."
         )
+
+
+def mark_skipping(stack: BlockStack) -> Callable[[], None]:
+    """Refuse surgery on a stack, because its blocks are skipped, until the returned function is called."""
+    if stack.container in _skipping:
+        raise StreamlineError(
+            f"Another PromptSkip is open on {stack.path}. Expected one for each stack. Close it first, or skip all "
+            "blocks with one window."
+        )
+    _skipping.add(stack.container)
+    return partial(_skipping.discard, stack.container)
 
 
 class Session:
@@ -54,6 +67,11 @@ class Session:
                 f"The stack {stack.path!r} belongs to another model. Pass a stack of this model, or its path."
             )
         require_unused(model)
+        if self.stack.container in _skipping:
+            raise StreamlineError(
+                f"A PromptSkip is open on {self.stack.path}, whose blocks must stay where they are. Expected a closed "
+                "one. Leave its with statement before the surgery."
+            )
         self._thread = threading.get_ident()
         if any(session._thread != self._thread for session in _open.get(self.stack.container, [])):
             raise StreamlineError(

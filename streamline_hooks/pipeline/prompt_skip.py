@@ -1,0 +1,286 @@
+"""Choose the blocks that a prompt skips, and fit the maps that estimate their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    UnsupportedSurgery,
+    check_field_names,
+    current_processes,
+    describe_blocks,
+    device_of,
+    get_logger,
+    padding_mask,
+    progress_bar,
+    validate_arguments,
+)
+from streamline_hooks.modeling import Task, find_stack, inference, summed_kl
+from streamline_hooks.pipeline.config import CompressionConfig
+from streamline_hooks.pipeline.prepare import CompressionData, Preparation, parts_of, prepare_compression
+from streamline_hooks.repair import fit_windows
+from streamline_hooks.selection import Target
+from streamline_hooks.statistics import Profile
+from streamline_hooks.statistics import profile as measure_profile
+from streamline_hooks.surgery import ModelSource, PromptSkip, checked_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger(__name__)
+
+Continuation = Literal["text", "repeated"]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedPromptSkip:
+    """Blocks that a prompt skips, with the maps that estimate their states.
+
+    Attributes
+    ----------
+    window : range
+        The skipped blocks.
+    maps : tuple of torch.nn.Module or None
+        For each block, the map from the state that enters the window, (batch, tokens, features), to an estimate of the
+        state that leaves the block. It is None for the last block of the model, whose output no other token reads.
+    kl : dict of str to float
+        KL(full model ‖ skipping model) in nats per token of the second half of a sequence, whose first half is the
+        prompt: of validation text ("text"), and of a passage that is the same as the prompt ("repeated").
+
+    Examples
+    --------
+    >>> FittedPromptSkip(range(6, 8), (None, None), {"text": 0.02, "repeated": 0.04}).distance
+    0.03
+    """
+
+    window: range
+    maps: tuple[nn.Module | None, ...]
+    kl: Mapping[Continuation, float]
+
+    @property
+    def distance(self) -> float:
+        """Mean of the two KL divergences, by which windows are compared."""
+        return sum(self.kl.values()) / len(self.kl)
+
+    def open(self, model: nn.Module, *, stack: str | None = None) -> PromptSkip:
+        """Return a `PromptSkip` with this window and these maps.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The model that they were fitted on.
+        stack : str, optional
+            Path of the stack; see `find_stack`.
+        """
+        return PromptSkip(model, self.window, self.maps, stack=stack)
+
+
+@validate_arguments()
+def fit_prompt_skip(
+    model: PreTrainedModel,
+    data: CompressionData,
+    blocks: int | range,
+    /,
+    config: CompressionConfig | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **fields: Any,
+) -> FittedPromptSkip:
+    """Choose the blocks that a prompt skips, and fit a map for each.
+
+    Each map is fitted from the state that enters the window, which a token of the prompt really has, to the state that
+    leaves the block in the full model. The windows are ranked by a profile; for the best of them, as many as
+    ``config.search.shortlist``, maps are fitted, and the window whose continuations are closest to those of the full
+    model is returned. Half of the continuations repeat the prompt, because perplexity hides whether a model still reads
+    its prompt. The model does not change.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    data : sequence of str, datasets.Dataset, TokenSplit, batches, or mapping of parts
+        See `compress`. Its test part is not used.
+    blocks : int or range
+        Number of consecutive blocks to skip, or the blocks.
+    config : CompressionConfig, optional
+        Data, search (`protect` and `shortlist`) and kind of map (`repair`); `remove` is not used. By default
+        ``CompressionConfig()``, with linear maps.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Tokenizer for documents.
+    **fields
+        Fields of `CompressionConfig` (except `data`) that override those of `config`.
+
+    Returns
+    -------
+    FittedPromptSkip
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If no window of this length can be skipped; see `PromptSkip`.
+    StreamlineError
+        If the arguments are invalid, the kind of map is no module, the config has a distillation, or there are several
+        processes.
+
+    Notes
+    -----
+    The cost is one profile, and for each window of the shortlist one pass over the fitting text and two passes over the
+    validation text. The maps of all windows of the shortlist are in memory.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama")
+    >>> batches = [torch.randint(3, 60, (2, 16)) for _ in range(12)]
+    >>> fitted = fit_prompt_skip(model, batches, 3)
+    >>> len(fitted.window), len(fitted.maps)
+    (3, 3)
+    >>> with fitted.open(model):
+    ...     model.generate(batches[0], max_new_tokens=2, do_sample=False).shape
+    torch.Size([2, 18])
+    """
+    config = config or CompressionConfig()
+    if fields:
+        check_field_names(CompressionConfig, fields)
+        config = replace(config, **fields)
+    _check_config(config)
+    stack = find_stack(model, config.stack)
+    window = checked_window(blocks, len(stack)) if isinstance(blocks, range) else None
+    count = len(blocks) if isinstance(blocks, range) else blocks
+    if not 0 < count < len(stack):
+        raise StreamlineError(
+            f"fit_prompt_skip: blocks={blocks!r}. Expected 1 to {len(stack) - 1} blocks, because the model has "
+            f"{len(stack)}. Skip fewer."
+        )
+    task = config.task or Task.of(model)
+    if not task.is_causal_lm:
+        raise StreamlineError(
+            f"fit_prompt_skip: the task of {type(model).__name__} is {task}. Expected a causal language model, which "
+            "has a prompt. Load the model with AutoModelForCausalLM."
+        )
+    target = replace(config, remove=Target(blocks=count))
+    ready = prepare_compression(model, tokenizer, parts_of(data), target, task=task)
+    windows = [window] if window is not None else _ranked_windows(ready, count)
+    fitted = _fit_maps(ready, windows)
+    compared = _compared(ready, fitted)
+    for candidate in compared:
+        logger.info(
+            f"skip       {describe_blocks(candidate.window)}: KL {candidate.kl['text']:.4f} nats per token of text, "
+            f"{candidate.kl['repeated']:.4f} of repeated text"
+        )
+    return min(compared, key=lambda candidate: candidate.distance)
+
+
+def _check_config(config: CompressionConfig) -> None:
+    if config.distillation is not None:
+        raise StreamlineError(
+            "fit_prompt_skip: the config has a distillation. Expected closed-form maps. Leave it out; the maps of the "
+            "result are modules, which your own loop can train."
+        )
+    if config.repair.slots or config.repair.fit is not None:
+        raise StreamlineError(
+            f"fit_prompt_skip: the kind {config.repair.name!r} is no map of one state. Expected a module that runs in "
+            "place of a window. Use for example LinearConfig."
+        )
+    if current_processes().count > 1:
+        raise StreamlineError(
+            f"fit_prompt_skip: {current_processes().count} processes were given. Expected one. Run it outside of "
+            "torchrun."
+        )
+
+
+def _ranked_windows(ready: Preparation, count: int) -> list[range]:
+    """Return the windows of a length, those with the smallest expected error first."""
+    blocks = len(ready.stack)
+    profile = measure_profile(ModelSource(ready.stack.model, ready.stack), ready.calibration, protect=ready.protected)
+    windows = [range(start, start + count) for start in range(blocks - count + 1)]
+    allowed = [window for window in windows if not ready.protected.intersection(window)]
+    ranked = sorted(allowed, key=lambda window: _expected_error(profile, window))
+    return ranked[: ready.config.search.shortlist]
+
+
+def _expected_error(profile: Profile, window: range) -> float:
+    """Return the sum, over the blocks whose keys and values change, of the distance that their input would have."""
+    distance = profile.matrix("cosine")[window.start]
+    inside = sum(float(distance[k]) for k in window[1:])
+    return inside + (profile.length - window.stop) * float(distance[window.stop])
+
+
+def _fit_maps(ready: Preparation, windows: Sequence[range]) -> list[FittedPromptSkip]:
+    """Fit the maps of each window that can be skipped."""
+    stack, refusal = ready.stack, None
+    fitted: list[FittedPromptSkip] = []
+    for window in windows:
+        try:
+            PromptSkip(stack.model, window, stack=stack.path)
+        except UnsupportedSurgery as error:
+            refusal = refusal or error
+            continue
+        # No other token reads the output of the last block, so its map would have no effect.
+        parts = [range(window.start, k + 1) for k in window if k < len(stack) - 1]
+        source = ModelSource(stack.model, stack)
+        repairs = fit_windows(source, parts, ready.kind, ready.fit, ready.held_out) if parts else []
+        maps = [repair.replacement_module for repair in repairs]
+        modules = tuple(module.eval() if isinstance(module, nn.Module) else None for module in maps)
+        fitted.append(FittedPromptSkip(window, modules + (None,) * (len(window) - len(parts)), {}))
+    if refusal is not None and not fitted:
+        raise refusal
+    return fitted
+
+
+def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[FittedPromptSkip]:
+    """Measure the KL divergence of the continuations with each window."""
+    sums: list[dict[Continuation, float]] = [{"text": 0.0, "repeated": 0.0} for _ in fitted]
+    tokens: dict[Continuation, int] = {"text": 0, "repeated": 0}
+    continuations = list(_continuations(ready.verification, device_of(ready.stack.model)))
+    total = sum(int(inputs["attention_mask"].sum()) for _, inputs, *_ in continuations)
+    model = ready.stack.model
+    skips = [PromptSkip(model, c.window, c.maps, stack=ready.stack.path, probe=False) for c in fitted]
+    with inference(model), progress_bar(total * (1 + len(fitted)), "compare") as bar:
+        for kind, inputs, prompt, scored in continuations:
+            real = int(inputs["attention_mask"].sum())
+            reference = model(**inputs).logits[scored].float().log_softmax(dim=-1)
+            bar.update(real)
+            for skip, nats in zip(skips, sums, strict=True):
+                with skip, skip.marked(prompt):
+                    nats[kind] += summed_kl(reference, model(**inputs).logits[scored])
+                bar.update(real)
+            tokens[kind] += len(reference)
+    return [
+        replace(candidate, kl={kind: value / tokens[kind] for kind, value in nats.items()})
+        for candidate, nats in zip(fitted, sums, strict=True)
+    ]
+
+
+def _continuations(
+    batches: Sequence[Batch | Tensor], device: torch.device
+) -> Iterator[tuple[Continuation, dict[str, Tensor], Tensor, Tensor]]:
+    """Yield inputs, whose first half is the prompt, with the masks of skipped and of compared tokens."""
+    for batch in batches:
+        ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+        mask = None if isinstance(batch, Tensor) else padding_mask(batch)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
+        halves = [row[: len(row) // 2] for row in rows]
+        repeated = [torch.cat([half, half]) for half in halves]
+        yield _continuation("text", rows, device)
+        yield _continuation("repeated", repeated, device)
+
+
+def _continuation(
+    kind: Continuation, sequences: Sequence[Tensor], device: torch.device
+) -> tuple[Continuation, dict[str, Tensor], Tensor, Tensor]:
+    ids = pad_sequence(list(sequences), batch_first=True).to(device)
+    lengths = torch.tensor([len(row) for row in sequences], device=ids.device)[:, None]
+    position = torch.arange(ids.shape[1], device=ids.device)
+    real, last = position < lengths, lengths // 2 - 1  # the last token of the prompt predicts the continuation
+    return kind, {"input_ids": ids, "attention_mask": real.long()}, real & (position < last), real & (position >= last)

@@ -1,0 +1,135 @@
+"""Fitted prompt skipping: maps of the states that tokens really have, chosen by continuations that need the prompt."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from streamline_hooks import DistillationConfig, LinearConfig, StreamlineError, UnsupportedSurgery
+from streamline_hooks.modeling import kl_by_token
+from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
+from streamline_hooks.repair import BlockConfig, FoldedConfig
+from streamline_hooks.selection import WindowSearch
+from streamline_hooks.surgery import PromptSkip
+from streamline_hooks.testing import tiny_config, tiny_model
+
+
+def batches(count: int = 16, length: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 60, (2, length), generator=generator) for _ in range(count)]
+
+
+def in_parts(count: int = 12) -> dict[str, list[torch.Tensor]]:
+    every = batches(count)
+    return {"train": every[:-4], "validation": every[-4:]}
+
+
+def test_a_given_window_gets_the_maps_of_the_states_that_enter_it() -> None:
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    fitted = fit_prompt_skip(model, batches(), range(3, 6), repair=LinearConfig(rank=4))
+    assert fitted.window == range(3, 6) and all(isinstance(module, nn.Module) for module in fitted.maps)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    states = model(batches(1)[0], output_hidden_states=True).hidden_states
+    for k, module in zip(fitted.window, fitted.maps, strict=True):
+        assert module is not None
+        unmapped = (states[3] - states[k + 1]).norm()
+        assert (module(states[3]) - states[k + 1]).norm() < unmapped
+
+
+def test_the_maps_are_those_of_fit_windows_and_the_last_block_needs_none() -> None:
+    model, every = tiny_model("llama"), batches()
+    fitted = fit_prompt_skip(model, every, range(5, 8))
+    assert fitted.maps[-1] is None and None not in fitted.maps[:-1]
+    with fitted.open(model) as skip:
+        assert skip.window == range(5, 8)
+        model.generate(every[0], max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def expected_kl(model: Any, fitted: FittedPromptSkip, ids: torch.Tensor) -> torch.Tensor:
+    """The KL divergence of each token of the second half."""
+    half = ids.shape[1] // 2
+    marks = torch.arange(ids.shape[1]).expand(ids.shape) < half - 1
+    with torch.no_grad():
+        reference = model(ids).logits[:, half - 1 :].log_softmax(dim=-1)
+        with PromptSkip(model, fitted.window, fitted.maps) as skip, skip.marked(marks):
+            return kl_by_token(reference, model(ids).logits[:, half - 1 :])
+
+
+def test_windows_are_compared_on_continuations_of_text_and_of_the_repeated_prompt() -> None:
+    model, every = tiny_model("llama"), batches()
+    fitted = fit_prompt_skip(model, every, range(4, 8))
+    found = {}
+    for name in ("text", "repeated"):
+        nats: list[torch.Tensor] = []
+        for ids in validation_of(model, every):
+            half = ids[:, : ids.shape[1] // 2]
+            nats.append(expected_kl(model, fitted, ids if name == "text" else torch.cat([half, half], dim=1)).flatten())
+        found[name] = float(torch.cat(nats).mean())
+    assert fitted.kl == pytest.approx(found, rel=1e-3)
+    assert fitted.distance == pytest.approx(sum(found.values()) / 2, rel=1e-3)
+
+
+def validation_of(model: Any, every: list[torch.Tensor]) -> list[torch.Tensor]:
+    from streamline_hooks import CompressionConfig, Target
+    from streamline_hooks.modeling import Task
+    from streamline_hooks.pipeline.prepare import parts_of, prepare_compression
+
+    config = CompressionConfig(remove=Target(blocks=4))
+    ready = prepare_compression(model, None, parts_of(every), config, task=Task.of(model))
+    return [batch if isinstance(batch, torch.Tensor) else batch["input_ids"] for batch in ready.verification]
+
+
+def test_the_chosen_window_is_the_closest_of_all() -> None:
+    model, every = tiny_model("llama"), batches()
+    chosen = fit_prompt_skip(model, every, 3, search=WindowSearch(shortlist=6))
+    alone = {start: fit_prompt_skip(model, every, range(start, start + 3)) for start in range(6)}
+    best = min(alone.values(), key=lambda fitted: fitted.distance)
+    assert chosen.window == best.window and chosen.distance == pytest.approx(best.distance, rel=1e-4)
+
+
+def test_protected_blocks_run_and_the_shortlist_limits_the_windows() -> None:
+    model, every = tiny_model("llama"), batches()
+    chosen = fit_prompt_skip(model, every, 3, search=WindowSearch(protect=(4,)))
+    assert 4 not in chosen.window
+    with pytest.raises(StreamlineError, match="protect"):
+        fit_prompt_skip(model, every, 7, search=WindowSearch(protect=(4,)))
+
+
+def test_padded_rows_of_unequal_length_are_continued_from_their_own_half() -> None:
+    model, ids = tiny_model("llama"), batches(16)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, :5] = 0
+    padded = [{"input_ids": row, "attention_mask": mask} for row in ids]
+    fitted = fit_prompt_skip(model, padded, range(5, 8))
+    assert all(math.isfinite(value) and value > 0 for value in fitted.kl.values())
+
+
+REFUSED = {
+    "more than all": (8, {}, "1 to 7 blocks"),
+    "outside": (range(6, 9), {}, "from 0 to 7"),
+    "a block": (3, {"repair": BlockConfig()}, "LinearConfig"),
+    "folded": (3, {"repair": FoldedConfig()}, "LinearConfig"),
+    "trained": (3, {"distillation": DistillationConfig()}, "distillation"),
+    "unknown field": (3, {"repairs": None}, "repairs"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_fitted_is_refused(case: str) -> None:
+    blocks, fields, message = REFUSED[case]
+    with pytest.raises(StreamlineError, match=message):
+        fit_prompt_skip(tiny_model("llama"), batches(), blocks, **fields)
+
+
+def test_models_without_a_prompt_are_refused() -> None:
+    with pytest.raises(StreamlineError, match="AutoModelForCausalLM|causal"):
+        fit_prompt_skip(transformers.BertForMaskedLM(tiny_config("bert")), batches(), 2)
+    with pytest.raises(UnsupportedSurgery, match="cache"):
+        fit_prompt_skip(tiny_model("rwkv"), batches(), 2)

@@ -1,0 +1,372 @@
+"""Blocks skipped for prompts: equal to a slow reference that runs every block and replaces its outputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery
+from streamline_hooks.modeling import find_stack, read_input, read_output, write_output
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery import PromptSkip
+from streamline_hooks.testing import tiny_model as model_of_type
+from tests.surgery.test_surgeon import fingerprint
+from tests.tiny_models import FAMILIES, WIDTH, left_padded, tiny_model, tokens
+
+WINDOW = range(2, 5)
+needs_transformers_5 = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="Transformers 4 fails in this way without PromptSkip too, or has other types"
+)
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def maps(count: int = len(WINDOW)) -> list[nn.Module | None]:
+    """Maps far from the identity, so that a token with a wrong estimate shows."""
+    modules: list[nn.Module | None] = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        modules.append(LinearReplacement.from_map(0.3 * torch.randn(WIDTH, WIDTH, generator=generator)))
+    return modules
+
+
+@contextmanager
+def replaced_outputs(
+    model: nn.Module, window: range, estimates: Sequence[nn.Module | None], marks: Tensor
+) -> Iterator[None]:
+    """Run every block, and replace the outputs of marked tokens in forward passes with the shape of the marks."""
+    stack, boundary = find_stack(model), []
+
+    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+        boundary[:] = [read_input(args, kwargs, block)]
+
+    def replace(estimate: nn.Module | None, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        state = read_output(output)
+        if state.shape[:2] != marks.shape:
+            return None
+        value = read_input(args, kwargs, block) if estimate is None else estimate(boundary[0])
+        return write_output(output, torch.where(marks[..., None], value, state))
+
+    handles = [stack[window.start].register_forward_pre_hook(enter, with_kwargs=True)]
+    for estimate, k in zip(estimates, window, strict=True):
+        handles.append(stack[k].register_forward_hook(partial(replace, estimate), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prompt_marks(batch: dict[str, Tensor], tokens_of_prompt: int | None = None) -> Tensor:
+    """All tokens of the prompt except its last, and except the first real token of each sequence."""
+    shape = batch["input_ids"].shape
+    end = shape[1] if tokens_of_prompt is None else tokens_of_prompt
+    real = batch.get("attention_mask", torch.ones(shape))
+    marks = torch.arange(shape[1]).expand(shape) < end - 1
+    return marks & (torch.arange(shape[1]).expand(shape) != real.int().argmax(dim=1)[:, None])
+
+
+def with_positions(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The positions that generate passes for padded sequences."""
+    if "attention_mask" not in batch or "position_ids" not in inspect.signature(model.forward).parameters:
+        return batch
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
+
+
+@torch.no_grad()
+def greedy_reference(model: Any, estimates: Sequence[nn.Module | None], batch: dict[str, Tensor], new: int) -> Tensor:
+    """Greedy tokens, each from a full forward pass without a cache over the whole sequence."""
+    prompt = batch["input_ids"].shape[1]
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    whole = {"input_ids": batch["input_ids"], "attention_mask": mask}
+    for _ in range(new):
+        with replaced_outputs(model, WINDOW, estimates, prompt_marks(whole, prompt)):
+            logits = model(**with_positions(model, whole), use_cache=False).logits
+        token = logits[:, -1:].argmax(dim=-1)
+        whole = {
+            "input_ids": torch.cat([whole["input_ids"], token], dim=1),
+            "attention_mask": torch.cat([whole["attention_mask"], torch.ones_like(token)], dim=1),
+        }
+    return whole["input_ids"]
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return [{"input_ids": tokens(2, 9)}, left_padded(3, 9)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_marked_tokens_equal_the_reference_and_the_model_is_restored(family: str) -> None:
+    model, estimates = tiny_model(family), maps()
+    before = fingerprint(model)
+    for batch in batches():
+        marks, real = prompt_marks(batch), batch.get("attention_mask", torch.ones(1)).bool()
+        with torch.no_grad():
+            with replaced_outputs(model, WINDOW, estimates, marks):
+                expected = model(**batch).logits
+            with PromptSkip(model, WINDOW, estimates) as skip, skip.marked(marks):
+                computed = model(**batch).logits
+        assert torch.allclose(computed[real.expand(marks.shape)], expected[real.expand(marks.shape)], atol=1e-5)
+        assert not torch.allclose(computed, model(**batch).logits, atol=1e-2)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_skips_the_prompt_except_its_first_and_last_token(family: str) -> None:
+    model, estimates = tiny_model(family), maps()
+    for batch in batches():
+        expected = greedy_reference(model, estimates, batch, 5)
+        with PromptSkip(model, WINDOW, estimates):
+            assert torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY), expected)
+        assert not torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY), expected)
+
+
+WAYS = {
+    "static cache": {"cache_implementation": "static"},
+    "prompt in chunks": {"prefill_chunk_size": 4},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_generating_give_the_tokens_of_the_reference(family: str, way: str) -> None:
+    model, estimates = tiny_model(family), maps()
+    for batch in [{"input_ids": tokens(1, 11)}] if way == "prompt lookup" else batches():
+        expected = greedy_reference(model, estimates, batch, 5)
+        with PromptSkip(model, WINDOW, estimates):
+            assert torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY, **WAYS[way]), expected), batch
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_beam_search_equals_the_reference(family: str) -> None:
+    model, estimates = tiny_model(family), maps()
+    for batch in batches():
+        expanded = {name: value.repeat_interleave(3, dim=0) for name, value in batch.items()}
+        with replaced_outputs(model, WINDOW, estimates, prompt_marks(expanded)):
+            expected = model.generate(**batch, num_beams=3, max_new_tokens=5, **GREEDY)
+        with PromptSkip(model, WINDOW, estimates):
+            assert torch.equal(model.generate(**batch, num_beams=3, max_new_tokens=5, **GREEDY), expected)
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_assisted_generation_skips_the_prompt_and_no_drafts(family: str) -> None:
+    model, assistant, estimates = tiny_model(family), tiny_model(family), maps()
+    single = {"input_ids": tokens(1, 9)}
+    expected = greedy_reference(model, estimates, single, 6)
+    with PromptSkip(model, WINDOW, estimates):
+        drafted = model.generate(**single, assistant_model=assistant, max_new_tokens=6, **GREEDY)
+    assert torch.equal(drafted, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_second_turn_skips_only_its_new_tokens(family: str) -> None:
+    model, estimates, first = tiny_model(family), maps(), tokens(1, 7)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates):
+        turn = model.generate(first, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
+        history = torch.cat([turn.sequences, tokens(1, 5, seed=3)], dim=1)
+        cached = turn[name].get_seq_length()
+        assert cached == turn.sequences.shape[1] - 1
+        second = model.generate(history, max_new_tokens=1, **GREEDY, **{name: turn[name]})
+    columns = torch.arange(history.shape[1])
+    marks = (columns >= 1) & (columns < 6) | (columns >= cached) & (columns < history.shape[1] - 1)
+    with torch.no_grad(), replaced_outputs(model, WINDOW, estimates, marks[None]):
+        expected = model(history, use_cache=False).logits[:, -1].argmax(dim=-1)
+    assert torch.equal(second[:, -1], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_one_token_and_plain_forward_passes_are_the_full_models_to_the_bit(family: str) -> None:
+    model, ids = tiny_model(family), tokens(2, 6)
+    options = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
+    with torch.no_grad():
+        expected, logits = model.generate(ids[:, :1], **options), model(ids).logits
+        with PromptSkip(model, WINDOW, maps()):
+            computed = model.generate(ids[:, :1], **options)
+            assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(torch.stack(computed.logits), torch.stack(expected.logits))
+
+
+@given(
+    family=st.sampled_from(["llama", "gemma3", "opt"]),
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    start=st.integers(0, 5),
+    size=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30)
+def test_any_tokens_of_any_window_equal_the_reference(
+    family: str, lengths: list[int], start: int, size: int, seed: int
+) -> None:
+    model, width = tiny_model(family), max(lengths)
+    window = range(start, min(start + size, 6))
+    estimates = [None if (seed + n) % 4 == 0 else module for n, module in enumerate(maps(len(window)))]
+    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    batch = {"input_ids": tokens(len(lengths), width, seed), "attention_mask": mask}
+    chosen = torch.rand(len(lengths), width, generator=torch.Generator().manual_seed(seed)) < 0.6
+    marks = chosen & (torch.arange(width) != mask.argmax(dim=1)[:, None])
+    with torch.no_grad():
+        with replaced_outputs(model, window, estimates, marks):
+            expected = model(**batch).logits
+        with PromptSkip(model, window, estimates, probe=True) as skip, skip.marked(chosen):
+            computed = model(**batch).logits
+    assert torch.allclose(computed[mask.bool()], expected[mask.bool()], atol=1e-5)
+
+
+def test_only_the_first_and_last_token_run_the_rest_of_a_skipped_block() -> None:
+    model, seen = tiny_model("llama"), []
+    model.model.layers[3].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
+    with PromptSkip(model, WINDOW):
+        seen.clear()
+        model.generate(tokens(1, 9), max_new_tokens=3, **GREEDY)
+    assert seen == [2, 1, 1]
+
+
+def test_compiled_calls_equal_the_model_itself() -> None:
+    model, ids, estimates = tiny_model("llama"), tokens(1, 7), maps()
+    marks = prompt_marks({"input_ids": ids})
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates) as skip:
+        compiled = torch.compile(model, backend="eager")
+        full = model(ids).logits
+        with skip.marked(marks):
+            expected = model(ids).logits
+            assert torch.allclose(compiled(ids).logits, expected, atol=1e-5)
+        assert torch.allclose(compiled(ids).logits, full, atol=1e-5)
+    assert not torch.allclose(full, expected, atol=1e-2)
+
+
+def test_gradients_reach_the_maps_and_the_blocks() -> None:
+    model, ids, estimates = tiny_model("llama"), tokens(2, 7), maps()
+    marks = prompt_marks({"input_ids": ids})
+    loss = {}
+    for way in ("reference", "skipped"):
+        model.zero_grad()
+        nn.ModuleList(estimates).zero_grad()
+        if way == "reference":
+            with replaced_outputs(model, WINDOW, estimates, marks):
+                model(ids).logits[~marks].square().mean().backward()
+        else:
+            with PromptSkip(model, WINDOW, estimates) as skip, skip.marked(marks):
+                model(ids).logits[~marks].square().mean().backward()
+        parameters = [*model.parameters(), *nn.ModuleList(estimates[:-1]).parameters()]
+        loss[way] = [p.grad for p in parameters if p.grad is not None]
+    assert len(loss["reference"]) == len(loss["skipped"])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*loss.values(), strict=True))
+
+
+def test_an_error_in_a_forward_pass_leaves_nothing_marked() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 6)
+    expected = model(ids).logits
+    with PromptSkip(model, WINDOW, maps()) as skip:
+        handle = model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), skip.marked(prompt_marks({"input_ids": ids})):
+            model(ids)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(ids, max_new_tokens=2)
+        handle.remove()
+        assert torch.equal(model(ids).logits, expected)
+
+
+def open_surgeon(model: Any, skip: PromptSkip) -> None:
+    LayerSurgeon(model).__enter__()
+
+
+def second(model: Any, skip: PromptSkip) -> None:
+    PromptSkip(model, range(1, 2)).__enter__()
+
+
+def with_checkpointing(model: Any, skip: PromptSkip) -> None:
+    model.train().gradient_checkpointing_enable()
+    with skip.marked(torch.ones(1, 5)):
+        model(tokens(1, 5))
+
+
+def without_cache(model: Any, skip: PromptSkip) -> None:
+    model.generate(tokens(1, 5), max_new_tokens=3, use_cache=False)
+
+
+def with_attentions(model: Any, skip: PromptSkip) -> None:
+    with skip.marked(torch.ones(1, 5)):
+        model(tokens(1, 5), output_attentions=True)
+
+
+def with_other_shape(model: Any, skip: PromptSkip) -> None:
+    with skip.marked(torch.ones(1, 4)):
+        model(tokens(1, 5))
+
+
+def saved(model: Any, skip: PromptSkip) -> None:
+    model.save_pretrained("never_written")
+
+
+def copied(model: Any, skip: PromptSkip) -> None:
+    copy.deepcopy(model)
+
+
+def pickled(model: Any, skip: PromptSkip) -> None:
+    pickle.dumps(model)
+
+
+INSIDE = {
+    open_surgeon: "A PromptSkip is open",
+    second: "Another PromptSkip is open",
+    with_checkpointing: "gradient checkpointing",
+    without_cache: "use_cache=True",
+    with_attentions: "output_attentions",
+    with_other_shape: r"\(1, 4\).*\(1, 5\)",
+    saved: "Leave the with statement",
+    copied: "copied or pickled",
+    pickled: "copied or pickled",
+}
+
+
+@pytest.mark.parametrize("action", INSIDE, ids=lambda action: action.__name__)
+def test_what_would_be_wrong_inside_is_refused(action: Any) -> None:
+    model, ids = tiny_model("llama"), tokens(1, 5)
+    expected = model(ids).logits
+    with PromptSkip(model, WINDOW, maps()) as skip, pytest.raises(StreamlineError, match=INSIDE[action]):
+        action(model, skip)
+    assert torch.equal(model.eval()(ids).logits, expected)
+
+
+REFUSED = {
+    "mamba": "takes no cache|recurrent|fails",
+    "recurrent_gemma": "recurrent|fails",
+    "rwkv": "takes no cache",
+    "qwen3_next": "without a recurrent state",
+    "falcon_h1": "does not give the logits",
+    "openai-gpt": "takes no cache",
+}
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_without_plain_keys_and_values_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedSurgery, match=REFUSED[name]):
+        PromptSkip(model_of_type(name), range(1, 7))
+
+
+def test_wrong_maps_and_attention_are_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(StreamlineError, match="2 maps were given for blocks 2 to 4"):
+        PromptSkip(model, WINDOW, maps(2))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedSurgery, match="set_attn_implementation"):
+        PromptSkip(model, WINDOW)
+    with pytest.raises(StreamlineError, match="compiled"):
+        PromptSkip(torch.compile(tiny_model("llama")), WINDOW)
+    with LayerSurgeon(tiny_model("llama")) as surgeon, pytest.raises(StreamlineError, match="LayerSurgeon is open"):
+        PromptSkip(surgeon.model, WINDOW)
