@@ -20,14 +20,15 @@ _MODEL_HOOKS: list[Callable[..., Any]] = []
 
 
 def part_of_model(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function as a hook that belongs to a model, such as a splice, and return it."""
+    """Mark a function or method as a hook that belongs to a model, such as a splice, and return it."""
     _MODEL_HOOKS.append(hook)
     return hook
 
 
 def is_part_of_model(hook: object) -> bool:
     """Whether a hook was marked by `part_of_model`."""
-    return any(hook is marked for marked in _MODEL_HOOKS)
+    function = getattr(hook, "__func__", hook)
+    return any(function is marked for marked in _MODEL_HOOKS)
 
 
 class ReadHook:

@@ -27,9 +27,9 @@ from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.splice import AFTER, BEFORE
 from streamline_hooks.surgery.spliced_model import (
     CODE,
-    FORMAT,
     accept_guarded,
     base_class,
+    format_of,
     is_splice_parameter,
     resolve_model_path,
     splice_entries,
@@ -43,12 +43,17 @@ _RUN_TIME_STATE = frozenset({"training", "gradient_checkpointing", "drop_prob"})
 
 
 def prepare_commit(
-    stack: BlockStack, depth: int, plan: SurgeryPlan, indices: Sequence[IndexAttribute], notes: dict[str, Any]
+    stack: BlockStack,
+    depth: int,
+    plan: SurgeryPlan,
+    indices: Sequence[IndexAttribute],
+    notes: dict[str, Any],
+    prompt_skip: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Any, Any]:
     """Run all steps of `commit_surgery` that can fail on copies; return the record and the new classes.
 
     `stack` is the stack before the surgery, and `depth` the index of the saved model among its ancestors. The classes
-    are those of the model and of its configuration.
+    are those of the model and of its configuration. `prompt_skip` describes the blocks that prompts skip.
     """
     model: Any = stack.ancestors[depth]
     refuse_adapters(model)
@@ -63,36 +68,45 @@ def prepare_commit(
     now = find_stack(model, path)
     earlier = getattr(model.config, "streamline_hooks", None) or {}
     entries = [*splice_entries(now.blocks), *_splices_in_other_stacks(model, earlier, path)]
-    description = {
-        "format": FORMAT if entries else 1,
+    description: dict[str, Any] = {
+        "format": 1,
         "stack": path,
         "splices": entries,
         "guard": _guard_weight(model, now),
         "history": [*copy.deepcopy(earlier.get("history", [])), entry],
     }
+    if prompt_skip is not None:
+        description["prompt_skip"] = prompt_skip
+    if is_changed := bool(entries or prompt_skip):
+        description["format"] = format_of(description)
     model_class: Any = base_class(type(model))
     config_class: Any = base_class(type(model.config))
     plain_config = copy.copy(model.config)
     plain_config.__class__ = config_class
     plain_config.streamline_hooks = description
     verify_rebuild(model, model_class, plain_config, now, indices)
-    if entries:
+    if is_changed:
         model_class = streamlined_model_class(model_class, config_class)
         config_class = streamlined_config_class(config_class)
     return description, model_class, config_class
 
 
 def commit_surgery(
-    stack: BlockStack, depth: int, plan: SurgeryPlan, indices: Sequence[IndexAttribute], notes: dict[str, Any]
+    stack: BlockStack,
+    depth: int,
+    plan: SurgeryPlan,
+    indices: Sequence[IndexAttribute],
+    notes: dict[str, Any],
+    prompt_skip: dict[str, Any] | None = None,
 ) -> None:
     """Store the plan in the configuration, and give model and configuration the classes that save the result.
 
-    The model is changed only after every step that can fail.
+    The model is changed only after every step that can fail. Arguments are those of `prepare_commit`.
     """
     model: Any = stack.ancestors[depth]
-    description, model_class, config_class = prepare_commit(stack, depth, plan, indices, notes)
+    description, model_class, config_class = prepare_commit(stack, depth, plan, indices, notes, prompt_skip)
     hooks = model._load_state_dict_pre_hooks.values()
-    if description["splices"] and not any(getattr(hook, "hook", hook) is accept_guarded for hook in hooks):
+    if description["format"] > 1 and not any(getattr(hook, "hook", hook) is accept_guarded for hook in hooks):
         model.register_load_state_dict_pre_hook(accept_guarded)
     model.config.streamline_hooks = description
     # An entry of an earlier surgery. Saving writes it again if it applies.

@@ -54,6 +54,16 @@ def mark_skipping(stack: BlockStack) -> Callable[[], None]:
     return partial(_skipping.discard, stack.container)
 
 
+def refuse_committed_skip(stack: BlockStack) -> None:
+    """Raise if the prompts of a model skip some of its blocks permanently."""
+    for module in stack.ancestors:
+        if "prompt_skip" in (getattr(getattr(module, "config", None), "streamline_hooks", None) or ()):
+            raise StreamlineError(
+                f"The prompts of this {type(module).__name__} skip some of its blocks, which must stay where they are. "
+                "Expected a model without a committed PromptSkip. Change the original, and commit the skipping last."
+            )
+
+
 class Session:
     """The state of a `LayerSurgeon` from opening to closing. Every step of closing can be repeated after Ctrl-C."""
 
@@ -67,6 +77,7 @@ class Session:
                 f"The stack {stack.path!r} belongs to another model. Pass a stack of this model, or its path."
             )
         require_unused(model)
+        refuse_committed_skip(self.stack)
         if self.stack.container in _skipping:
             raise StreamlineError(
                 f"A PromptSkip is open on {self.stack.path}, whose blocks must stay where they are. Expected a closed "

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -36,9 +36,11 @@ from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
 MODEL_TYPE = "streamline_hooks"
 CODE = "modeling_streamline_hooks"
-FORMAT = 3  # 2 has no digest and no guard in quantization_config; 1 has splices in one stack only
+FORMAT = 4  # 3 has no `prompt_skip`, 2 no digest and no guard in quantization_config, 1 splices in one stack only
+PROMPT_MAPS = "prompt_maps"
+"""Name of the submodule of a model that holds the maps of `PromptSkip`, by block."""
 _PREFIX = "Streamlined"
-_WITH_DIGEST = 3
+_WITH_DIGEST, _WITH_PROMPT_SKIP = 3, 4
 _MARK = "has_guard_axis"
 _QUANTIZATION, _REQUIRES = "quantization_config", "requires"
 _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
@@ -87,7 +89,7 @@ class _ConfigWithSplices:
         description: Any = config_dict.get("streamline_hooks")
         _check_description(description, config_dict.get("base_model_type", cls.model_type))
         settings = {k: v for k, v in config_dict.items() if k not in ("model_type", "base_model_type")}
-        settings["streamline_hooks"] = {**description, "format": FORMAT}
+        settings["streamline_hooks"] = {**description, "format": format_of(description)}
         if description["format"] >= _WITH_DIGEST:
             quantization = settings.pop(_QUANTIZATION, None)
             if not isinstance(quantization, dict) or quantization.get(_REQUIRES) != MODEL_TYPE:
@@ -98,7 +100,7 @@ class _ConfigWithSplices:
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         """Write ``config.json`` with the entries that make plain classes refuse it, and a digest of the splices."""
         content = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
-        description = {**self.streamline_hooks, "format": FORMAT}  # type: ignore[attr-defined]
+        description = {**self.streamline_hooks, "format": format_of(self.streamline_hooks)}  # type: ignore[attr-defined]
         content["streamline_hooks"] = {**description, "digest": _digest(description, type(self).model_type)}
         model_settings = {_QUANTIZATION: content[_QUANTIZATION]} if content.get(_QUANTIZATION) else {}
         content[_QUANTIZATION] = {_REQUIRES: MODEL_TYPE, **model_settings}
@@ -149,6 +151,16 @@ class _ModelWithSplices:
             set_splices(block, entry["place"], modules)
         if changed:
             raise _changed_file_error("the digest of its splices does not match the stored one")
+        if "prompt_skip" in description:
+            try:
+                from streamline_hooks.surgery.prompt_skip import attach_prompt_skip  # it imports this module
+            except ModuleNotFoundError as error:  # this file is a copy in a checkpoint
+                raise StreamlineError(
+                    "The prompts of this checkpoint skip blocks, which needs streamline_hooks. Install it."
+                ) from error
+            entry = description["prompt_skip"]
+            maps = {k: build_replacement(m["kind"], m["config"]) for k, m in entry["maps"].items()}
+            attach_prompt_skip(cast("nn.Module", self), entry, nn.ModuleDict(maps))
         self.register_load_state_dict_pre_hook(accept_guarded)  # type: ignore[attr-defined]
         if _guarded.get():
             _set_guard_axis(self, present=True)
@@ -183,6 +195,8 @@ class _ModelWithSplices:
         for entry in description["splices"]:
             if "error" in entry:
                 raise StreamlineError(entry["error"])
+        if "prompt_skip" in description:
+            description["prompt_skip"]["maps"] = describe_maps(getattr(self, PROMPT_MAPS))
         _warn_about_wider_dtypes(self)
         # A quantizer, and the hooks of offloaded weights, read the weights from the model instead of the state dict.
         offloaded = any(parameter.is_meta for parameter in self.parameters())  # type: ignore[attr-defined]
@@ -197,6 +211,7 @@ class _ModelWithSplices:
 
 _FIELDS: dict[str, type] = {"format": int, "stack": str, "guard": str, "splices": list}
 _FIELDS_OF_ENTRY: dict[str, type] = {"block": int, "place": str, "modules": list}
+_FIELDS_OF_PROMPT_SKIP: dict[str, type] = {"stack": str, "window": list, "maps": dict}
 _FIELDS_OF_MODULE: dict[str, type] = {"kind": str, "config": dict}
 
 
@@ -217,7 +232,11 @@ def _check_description(description: Any, base_type: Any) -> None:
         _check_fields(description, {"digest": str}, "the entry")
     elif description["format"] < 1 or "digest" in description:
         raise _changed_file_error(f"'format' is {description['format']}")
-    if not description["splices"]:
+    if "prompt_skip" in description:
+        _check_fields(description["prompt_skip"], _FIELDS_OF_PROMPT_SKIP, "'prompt_skip'")
+        for number, module in description["prompt_skip"]["maps"].items():
+            _check_fields(module, _FIELDS_OF_MODULE, f"prompt_skip.maps[{number}]")
+    elif not description["splices"]:
         raise _changed_file_error("'splices' is empty")
     for number, entry in enumerate(description["splices"]):
         where = f"splices[{number}]"
@@ -244,9 +263,20 @@ def _changed_file_error(what: str) -> StreamlineError:
 
 def _digest(description: dict[str, Any], base_type: str) -> str:
     """Return a digest of everything that the splices are built from."""
-    fields = {name: description[name] for name in ("stack", "guard", "splices")}
+    names = ("stack", "guard", "splices", "prompt_skip")
+    fields = {name: description[name] for name in names if name in description}
     text = json.dumps([base_type, fields], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def format_of(description: dict[str, Any]) -> int:
+    """Return the oldest format that can express a description of splices or of skipped blocks."""
+    return _WITH_PROMPT_SKIP if "prompt_skip" in description else _WITH_DIGEST
+
+
+def describe_maps(maps: nn.ModuleDict) -> dict[str, dict[str, Any]]:
+    """Return a checkpoint's description of the maps of `PromptSkip`, by block."""
+    return {k: dict(zip(("kind", "config"), replacement_config(module), strict=True)) for k, module in maps.items()}
 
 
 def streamlined_config_class(base: Any) -> Any:
@@ -304,7 +334,8 @@ def _classes_for(config_base: type[Any]) -> Iterator[tuple[Any, Any]]:
 def _can_stand_alone(config: Any) -> bool:
     """Whether the model needs only classes of Transformers and of this library."""
     kinds = [m["kind"] for entry in config.streamline_hooks["splices"] for m in entry.get("modules", [])]
-    return base_class(type(config)).__module__.startswith("transformers.") and all(map(is_own, kinds))
+    is_plain = "prompt_skip" not in config.streamline_hooks
+    return is_plain and base_class(type(config)).__module__.startswith("transformers.") and all(map(is_own, kinds))
 
 
 def _standalone_code() -> str:
@@ -461,8 +492,8 @@ def resolve_model_path(model: Any, path: str) -> str:
 
 
 def is_splice_parameter(name: str) -> bool:
-    """Whether a name is that of a parameter or buffer of a spliced module."""
-    return not {BEFORE, AFTER}.isdisjoint(name.split("."))
+    """Whether a name is that of a parameter or buffer of a spliced module, or of a map of `PromptSkip`."""
+    return not {BEFORE, AFTER, PROMPT_MAPS}.isdisjoint(name.split("."))
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.checkpoint.export.plain import check_no_prompt_skip
 from streamline_hooks.core import StreamlineError, atomic_file
 from streamline_hooks.modeling import inference
 
@@ -43,6 +44,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     PosixPath('small.onnx')
     """
     check_onnx()
+    check_no_prompt_skip(model)
     target = Path(file)
     ids = torch.ones(2, 8, dtype=torch.long)
     device = next(model.parameters()).device

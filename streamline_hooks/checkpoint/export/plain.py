@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def check_no_splices(model: PreTrainedModel) -> None:
     """Raise if a model has splices; the error names plain alternatives and their sizes."""
+    check_no_prompt_skip(model)
     splices = [
         (stack.parameters_per_block[0], modules_at)
         for stack in find_stacks(model)
@@ -37,6 +38,15 @@ def check_no_splices(model: PreTrainedModel) -> None:
         f"weaker than a linear map. silenced: a block without attention, {(blocks - added) / 1e6:+.2f} M parameters, "
         f"{windows} more cache slot{'s' * (windows > 1)}. The quality of the result is measured."
     )
+
+
+def check_no_prompt_skip(model: PreTrainedModel) -> None:
+    """Raise if the prompts of a model skip blocks, which no exported format describes."""
+    if "prompt_skip" in (getattr(model.config, "streamline_hooks", None) or ()):
+        raise StreamlineError(
+            f"The prompts of this {type(model).__name__} skip blocks, and the exported model would not. Expected a "
+            "model without a committed PromptSkip. Export the original, whose other weights are the same."
+        )
 
 
 def export_plain(

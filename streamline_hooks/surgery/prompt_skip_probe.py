@@ -1,0 +1,113 @@
+"""Compare a model that skips blocks for a prompt with a full forward pass in which their outputs are replaced."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.core import StreamlineError, UnsupportedSurgery, describe_blocks, device_of
+from streamline_hooks.modeling import isolated_inference, logits_of_output, read_input, read_output, write_output
+from streamline_hooks.surgery.probe import probe_logits_allclose
+from streamline_hooks.surgery.skipped_block import SkippedBlock, cache_name, first_tokens
+
+if TYPE_CHECKING:
+    from streamline_hooks.surgery.prompt_skip import PromptSkip
+
+_PROMPT, _CONTINUATION = 7, 2  # tokens
+
+
+def learn_and_verify(skip: PromptSkip, verify: bool) -> None:
+    """Learn the arguments of the skipped blocks, and compare the model with the masked full forward pass."""
+    model, total = skip.model, _PROMPT + _CONTINUATION
+    generator = torch.Generator().manual_seed(0)
+    text_config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[union-attr, operator]
+    vocabulary = min(int(getattr(text_config, "vocab_size", 50)), 50)
+    ids = torch.randint(3 % vocabulary, vocabulary, (2, total), generator=generator).to(device_of(model))
+    padded = torch.ones_like(ids)
+    padded[1, :2] = 0
+    prompt = (torch.arange(total, device=ids.device) < _PROMPT - 1).expand(2, -1)
+    with isolated_inference(model):
+        for mask in (padded, None):
+            try:
+                if mask is not None:
+                    _learn(skip, ids, mask)
+                if not verify:
+                    return
+                expected = _masked_forward(skip, ids, mask, prompt)
+                computed = _skipped_forward(skip, ids, mask, prompt)
+            except (StreamlineError, UnsupportedSurgery):
+                raise
+            except Exception as error:
+                raise UnsupportedSurgery(
+                    f"PromptSkip: {type(model).__name__} fails when prompts skip {describe_blocks(skip.window)} "
+                    f"({type(error).__name__}: {error}). Expected a causal language model with a cache of keys and "
+                    "values. Choose other blocks, or another model.",
+                    "prompt-skip",
+                ) from error
+            compared = ~prompt if mask is None else ~prompt & mask.bool()
+            if not probe_logits_allclose(computed[compared], expected[compared]):
+                raise UnsupportedSurgery(
+                    f"PromptSkip: with {describe_blocks(skip.window)} skipped for prompts, {type(model).__name__} does "
+                    "not give the logits of a full forward pass in which these blocks' outputs are replaced. Expected "
+                    "equal logits. Choose other blocks, or another model.",
+                    "prompt-skip",
+                )
+
+
+def _learn(skip: PromptSkip, ids: Tensor, mask: Tensor) -> None:
+    """Find the axes of tokens of the arguments of the skipped blocks, in two calls with different numbers of tokens."""
+    with ExitStack() as undo:
+        for call, k in zip(skip._blocks, skip.window, strict=True):
+
+            def learn(block: nn.Module, args: Any, kwargs: Any, call: SkippedBlock = call) -> None:
+                if not call.has_axes:
+                    call.learn_queries(args, kwargs)
+                call.learn_axes(args, kwargs)
+
+            undo.callback(skip.stack[k].register_forward_pre_hook(learn, with_kwargs=True).remove)
+        half, name = ids.shape[1] // 2, cache_name(skip.model)
+        output = skip.model(input_ids=ids[:, :half], attention_mask=mask[:, :half], use_cache=True)
+        rest: dict[str, Any] = {"input_ids": ids[:, half:], "attention_mask": mask, name: output[name]}
+        skip.model(**rest, use_cache=True)
+
+
+def _masked_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> Tensor:
+    """Return the logits of a full forward pass in which the outputs of skipped blocks are replaced by estimates."""
+    marks = prompt & ~first_tokens(mask, 0, ids)
+    boundary: list[Tensor] = []
+
+    def replace(number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        state = read_input(args, kwargs, block)
+        if number == 0:
+            boundary[:] = [state]
+        estimate = skip._estimate(number, boundary[0], state)
+        return write_output(output, torch.where(marks[..., None], estimate, read_output(output)))
+
+    with ExitStack() as undo:
+        for number, k in enumerate(skip.window):
+            hook = skip.stack[k].register_forward_hook(partial(replace, number), with_kwargs=True)
+            undo.callback(hook.remove)
+        return logits_of_output(skip.model(input_ids=ids, attention_mask=mask, use_cache=False))
+
+
+def _skipped_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> Tensor:
+    """Return the logits of two parts of a prompt, whose tokens skip the window, and of a continuation."""
+    logits: list[Tensor] = []
+    name, cache = cache_name(skip.model), None
+    with ExitStack() as undo:
+        skip._install(undo)
+        for part in (slice(0, 3), slice(3, _PROMPT), slice(_PROMPT, None)):
+            arguments: dict[str, Any] = {"input_ids": ids[:, part], "use_cache": True}
+            if mask is not None:
+                arguments["attention_mask"] = mask[:, : part.stop]
+            if cache is not None:
+                arguments[name] = cache
+            with skip.marked(prompt[:, part]):
+                output = skip.model(**arguments)
+            cache = output[name]
+            logits.append(logits_of_output(output))
+    return torch.cat(logits, dim=1)
