@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test test-long golden golden-check golden-slow coverage oldest engines lint docs notebooks architectures mutation state-machine bench bench-scale bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test test-long golden golden-check golden-slow coverage oldest engines lint docs notebooks architectures mutation state-machine bench bench-scale bench-depth bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -151,6 +151,11 @@ bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hou
 bench-scale: $(VENV)/.stamp-bench ## Compress three billion random weights, one block in memory at a time (6 GB of disk)
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plan
+
+bench-depth: $(VENV)/.stamp-bench ## Run at several depths, draft with a smaller depth, and skip blocks for prompts (an hour on two cores)
+	$(BIN)/python -m benchmarks.elastic
+	$(BIN)/python -m benchmarks.self_speculation
+	$(BIN)/python -m benchmarks.prompt_skip
 
 # The encoders come inside Python packages, whose own dependencies are large and not used here.
 bench-tasks: $(VENV)/.stamp-bench ## Shorten a text encoder, a vision encoder and a classifier (half an hour on two cores)

@@ -70,16 +70,19 @@ def refuse_replicated(model: nn.Module, action: str) -> None:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise if a model or a part of it is already wrapped for distributed training."""
-    for module in model.modules():
-        names = {f"{c.__module__}.{c.__name__}" for c in type(module).__mro__}
-        for wrapper, state in _WRAPPERS.items():
-            if wrapper == "FSDPModule" and _ON_SHARDS.get():
-                continue
-            if any(name.startswith("torch.") and name.endswith(f".{wrapper}") for name in names):
-                raise StreamlineError(
-                    f"The model ({type(model).__name__}) is {state} already. Expected a plain model. Apply surgery "
-                    "first, then wrap the model."
-                )
+    kinds = dict.fromkeys(map(type, model.modules()))
+    for wrapper in dict.fromkeys(wrapper for kind in kinds for wrapper in _wrappers_of(kind)):
+        if wrapper != "FSDPModule" or not _ON_SHARDS.get():
+            raise StreamlineError(
+                f"The model ({type(model).__name__}) is {_WRAPPERS[wrapper]} already. Expected a plain model. Apply "
+                "surgery first, then wrap the model."
+            )
+
+
+def _wrappers_of(kind: type[nn.Module]) -> list[str]:
+    """Return the wrappers for distributed training that a class is or derives from."""
+    names = {f"{c.__module__}.{c.__name__}" for c in kind.__mro__ if c.__module__.startswith("torch.")}
+    return [wrapper for wrapper in _WRAPPERS if any(name.endswith(f".{wrapper}") for name in names)]
 
 
 def refuse_tensor_parallel(model: nn.Module) -> None:

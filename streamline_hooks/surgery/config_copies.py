@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass, replace
 from types import SimpleNamespace
@@ -76,7 +77,7 @@ class ConfigCopies:
         unrelated: set[int] = set()
         for module in dict.fromkeys(module for root in self._roots for module in root.modules()):
             for name, value in vars(module).items():
-                if _refers_to_copied(value, changing, unrelated):
+                if type(value) not in _PLAIN_TYPES and _refers_to_copied(value, changing, unrelated):
                     self._entry(value).holders[id(module), name] = ref(module)
         for entry in self._copies:  # the loop appends to the list
             for value in vars(entry.original).values():
@@ -208,6 +209,7 @@ def _refers_to_copied(value: Any, changing: dict[int, Any], unrelated: set[int])
     return False
 
 
+_PLAIN_TYPES = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple})  # most attributes
 _CONFIG_TYPES: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # every attribute of every module is asked
 
 

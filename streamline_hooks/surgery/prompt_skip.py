@@ -131,6 +131,8 @@ class PromptSkip:
         if self._is_prepared:
             return
         _require_dense_masks(self.model)
+        for block in self._blocks:
+            block.require_causal_masks()
         self._is_prepared = True  # the verification marks tokens
         try:
             learn_and_verify(self, verify)
@@ -231,7 +233,8 @@ class PromptSkip:
         Raises
         ------
         StreamlineError
-            In the forward pass, if it has another number of sequences or tokens.
+            If the PromptSkip is neither open nor committed; and in the forward pass, if it has another number of
+            sequences or tokens.
 
         Examples
         --------
@@ -243,7 +246,17 @@ class PromptSkip:
         ...     torch.equal(skipped[:, 0], model(ids).logits[:, 0])
         True
         """
+        if not self._is_open and not self._is_committed:
+            raise StreamlineError(
+                "marked() was called outside of the with statement of its PromptSkip, where no block is skipped. Call "
+                "it inside."
+            )
         self._prepare()
+        with self._marking(tokens):
+            yield
+
+    @contextmanager
+    def _marking(self, tokens: Tensor) -> Iterator[None]:
         self._marks = tokens.bool()
         try:
             yield
@@ -295,6 +308,12 @@ class PromptSkip:
                 raise StreamlineError(
                     "PromptSkip: output_attentions=True was given, but skipped tokens have no attention. Expected "
                     "False. Leave it out, or run the model outside of the with statement."
+                )
+            modules = (*self.stack.ancestors, *self.stack.blocks)
+            if module.training and any(getattr(m, "gradient_checkpointing", False) for m in modules):
+                raise StreamlineError(
+                    "PromptSkip: gradient checkpointing would run the skipped blocks again without their marks. "
+                    "Expected a model without it. Call model.gradient_checkpointing_disable()."
                 )
             self._pass.cached = 0 if cache is None else int(cache.get_seq_length())
         if self._pass.is_needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,19 +61,32 @@ def learn_and_verify(skip: PromptSkip, verify: bool) -> None:
 
 def _learn(skip: PromptSkip, ids: Tensor, mask: Tensor) -> None:
     """Find the axes of tokens of the arguments of the skipped blocks, in two calls with different numbers of tokens."""
+    calls = dict.fromkeys(skip.window, 0)
     with ExitStack() as undo:
         for call, k in zip(skip._blocks, skip.window, strict=True):
 
-            def learn(block: nn.Module, args: Any, kwargs: Any, call: SkippedBlock = call) -> None:
+            def learn(block: nn.Module, args: Any, kwargs: Any, call: SkippedBlock = call, k: int = k) -> None:
+                calls[k] += 1
                 if not call.has_axes:
                     call.learn_queries(args, kwargs)
                 call.learn_axes(args, kwargs)
 
             undo.callback(skip.stack[k].register_forward_pre_hook(learn, with_kwargs=True).remove)
         half, name = ids.shape[1] // 2, cache_name(skip.model)
-        output = skip.model(input_ids=ids[:, :half], attention_mask=mask[:, :half], use_cache=True)
-        rest: dict[str, Any] = {"input_ids": ids[:, half:], "attention_mask": mask, name: output[name]}
-        skip.model(**rest, use_cache=True)
+        more: dict[str, Any] = {}
+        for part in (slice(0, half), slice(half, None)):
+            if "position_ids" in inspect.signature(skip.model.forward).parameters:  # as in `generate`
+                more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, part]
+            mask_part = mask[:, : part.stop]
+            output = skip.model(input_ids=ids[:, part], attention_mask=mask_part, use_cache=True, **more)
+            more[name] = output[name]
+    for k, count in calls.items():
+        if count != 2:
+            raise UnsupportedSurgery(
+                f"PromptSkip: a forward pass of {type(skip.model).__name__} runs block {k} {count / 2:g} times. "
+                "Expected once. Choose other blocks.",
+                "prompt-skip",
+            )
 
 
 def _masked_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> Tensor:
@@ -106,7 +120,7 @@ def _skipped_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt:
                 arguments["attention_mask"] = mask[:, : part.stop]
             if cache is not None:
                 arguments[name] = cache
-            with skip.marked(prompt[:, part]):
+            with skip._marking(prompt[:, part]):
                 output = skip.model(**arguments)
             cache = output[name]
             logits.append(logits_of_output(output))

@@ -82,11 +82,6 @@ class SkippedBlock:
             self._skip._pass = SkippingPass()  # frees the boundary
         if skipped is None or boundary is None or columns is None:
             return self._forward(*args, **kwargs)
-        if block.training and getattr(block, "gradient_checkpointing", False):
-            raise StreamlineError(
-                "PromptSkip: gradient checkpointing would run the skipped blocks again without their marks. Expected "
-                "a model without it. Call model.gradient_checkpointing_disable()."
-            )
         values = named_arguments(self._signature, args, kwargs)
         keys = values[self._cache_name] = KeyStore(values.get(self._cache_name))
         self._store_keys(keys, values)
@@ -154,6 +149,17 @@ class SkippedBlock:
                     axes = [axis for axis in range(-part.ndim, 0) if part.shape[axis] == state.shape[1]]
                     key = f"{name}.{number}"
                     self._token_axes[key] = [axis for axis in self._token_axes.get(key, axes) if axis in axes]
+
+    def require_causal_masks(self) -> None:
+        """Raise if a mask in a buffer hides earlier tokens (GPT-Neo), because it is read by the number of queries."""
+        for name, mask in self._block.named_buffers():
+            square = mask.dtype == torch.bool and mask.ndim >= 2 and mask.shape[-1] == mask.shape[-2] > 1
+            if square and bool(mask.any()) and not bool((mask | ~torch.ones_like(mask).tril()).all()):
+                raise UnsupportedSurgery(
+                    f"PromptSkip: the mask {name} of {type(self._block).__name__} hides earlier tokens. Expected "
+                    "masks that the model passes to its blocks. Choose other blocks.",
+                    "prompt-skip",
+                )
 
     def _columns_of(self, name: str, value: Any, columns: Tensor, tokens: int) -> Any:
         """Return the part of an argument that belongs to some of the tokens."""

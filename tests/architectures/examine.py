@@ -21,6 +21,7 @@ from streamline_hooks.testing.cached_generation import compare_decoding, compare
 from streamline_hooks.testing.checkpoint_round_trip import assert_logits_match
 from streamline_hooks.testing.compare import describe_difference, model_output, real_token_mask
 from streamline_hooks.testing.model_state import ModelState
+from tests.architectures.examine_prompt_skip import examine_prompt_skip
 from tests.architectures.examine_sites import examine_sites
 
 BLOCKS, TOKENS, STEPS = 8, 12, 5
@@ -50,6 +51,8 @@ class Row:
         "ok" if recorded inputs equal ``output_hidden_states``, "" if the type returns other states.
     sites : dict
         Results of `examine_sites`.
+    prompt_skip : str
+        Result of `examine_prompt_skip`.
     unbuilt : str
         Why the type cannot be examined.
     """
@@ -61,6 +64,7 @@ class Row:
     reasons: dict[str, str] = field(default_factory=dict)
     states: str = ""
     sites: dict[str, str] = field(default_factory=dict)
+    prompt_skip: str = ""
     unbuilt: str = ""
 
 
@@ -96,6 +100,7 @@ def examine(model_type: str) -> Row:
     row.own = {name: passes(check) for name, check in own.items()}
     row.states = recorded_states(model)
     row.sites = sites_of(model_type)
+    row.prompt_skip = prompt_skip_of(model_type)
     before = ModelState(model)
     before.run_ignoring_changes(lambda: passes(lambda: generates(model, None)))  # with and without a cache
     for name, window in WINDOWS.items():
@@ -119,6 +124,11 @@ def examine(model_type: str) -> Row:
 def sites_of(model_type: str) -> dict[str, str]:
     """Return the results of `examine_sites` for a tiny model of a type."""
     return examine_sites(tiny_model(model_type, blocks=SITE_BLOCKS))
+
+
+def prompt_skip_of(model_type: str) -> str:
+    """Return the result of `examine_prompt_skip` for a tiny model of a type."""
+    return examine_prompt_skip(tiny_model(model_type))
 
 
 def faults(model: nn.Module, window: range, own: dict[str, bool]) -> list[str]:

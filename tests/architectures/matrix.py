@@ -1,12 +1,12 @@
 """Examine models and write docs/architectures.md.
 
-python -m tests.architectures.matrix [TYPE ... | others | sites [TYPE ...] | page]
+python -m tests.architectures.matrix [TYPE ... | others | sites [TYPE ...] | prompt_skip [TYPE ...] | page]
 
 Without arguments all causal language model types (first table) and all other models (second table) are examined. With
-types only these types are examined, and with "others" only the second table. With "sites" only the activation sites of
-types are examined, by default of those without stored results, or of all types if none lack them; each result is stored
-at once, so the command continues after an interruption. With "page" the page is written from the stored results without
-examining a model.
+types only these types are examined, and with "others" only the second table. With "sites" or "prompt_skip" only the
+activation sites or the skipping of prompts are examined, by default for types without stored results, or for all types
+if none lack them; each result is stored at once, so the command continues after an interruption. With "page" the page
+is written from the stored results without examining a model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ PAGE = ROOT / "docs" / "architectures.md"
 SINGLE = ("first", "middle", "last")
 LONGEST = 220  # characters of a reason
 COLUMNS = ("type", "block stack", "unmodified", *SINGLE, "three", "recorded states", "branches", "heads",
-           "reason for refusal")  # fmt: skip
+           "prompt skip", "reason for refusal")  # fmt: skip
+PARTS = ("sites", "prompt_skip")
+"""Fields of a row that can be examined without the others."""
 
 
 def main() -> None:
@@ -56,15 +58,15 @@ def main() -> None:
             f"{transformers.__version__}. Expected one version for all rows. Generate both tables again (make "
             "architectures)."
         )
-    only_sites = arguments[:1] == ["sites"]
-    types = [t for t in arguments[only_sites:] if t != "others"] if arguments else causal_model_types()
+    part = arguments[0] if arguments and arguments[0] in PARTS else ""
+    types = [t for t in arguments[bool(part) :] if t != "others"] if arguments else causal_model_types()
     if unknown := sorted(set(types) - set(causal_model_types())):
         sys.exit(
             f"{', '.join(unknown)}: not a causal-LM type of the installed Transformers. Expected names of "
             "streamline_hooks.testing.causal_model_types(), or others. Nothing was written."
         )
-    if only_sites:
-        update_sites(stored, types)
+    if part:
+        update_part(stored, part, types)
         return
     started = time.time()
     with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1), maxtasksperchild=40) as pool:
@@ -88,20 +90,19 @@ def store(content: dict[str, Any]) -> None:
     new.replace(ROWS)
 
 
-def update_sites(content: dict[str, Any], types: list[str]) -> None:
-    """Examine the activation sites of stored types again, and store each result at once."""
+def update_part(content: dict[str, Any], part: str, types: list[str]) -> None:
+    """Examine one part of stored rows again, and store each result at once."""
     from tests.architectures import examine
 
     calm()
     rows = {name: row for name, row in content["rows"].items() if not row["unbuilt"]}
     if unknown := sorted(set(types) - set(rows)):
-        sys.exit(
-            f"{', '.join(unknown)}: not examined yet. Expected types that have a row with windows. Omit the word sites."
-        )
-    for name in types or [name for name, row in rows.items() if not row.get("sites")] or list(rows):
-        rows[name]["sites"] = examine.sites_of(name)
+        sys.exit(f"{', '.join(unknown)}: not examined yet. Expected types that have a row with windows. Omit {part}.")
+    examine_part = {"sites": examine.sites_of, "prompt_skip": examine.prompt_skip_of}[part]
+    for name in types or [name for name, row in rows.items() if not row.get(part)] or list(rows):
+        rows[name][part] = examine_part(name)
         store(content)
-        print(f"{name:<28} {sites_verdict(rows[name])}", flush=True)
+        print(f"{name:<28} {sites_verdict(rows[name]) if part == 'sites' else rows[name][part]}", flush=True)
     PAGE.write_text(page(content))
 
 
@@ -176,7 +177,7 @@ def supported(row: dict[str, Any]) -> bool:
 
 def wrong(row: dict[str, Any]) -> list[str]:
     """Return the windows and the activation sites with a failed check."""
-    results = {**row["windows"], **row["sites"]}
+    results = {**row["windows"], **row["sites"], "prompt skip": row["prompt_skip"]}
     return [f"{name}: {result}" for name, result in results.items() if result.startswith("WRONG")]
 
 
@@ -190,6 +191,8 @@ def worse(row: dict[str, Any], committed: dict[str, Any]) -> list[str]:
         reason = row["sites"].get(site, "not examined")
         if STATUSES.index(status(reason)) > STATUSES.index(status(result)):
             regressions.append(f"{site} was {status(result)} and is {status(reason)}: {reason}")
+    if committed["prompt_skip"] == "ok" and row["prompt_skip"] != "ok":
+        regressions.append(f"prompt skip was ok and is {row['prompt_skip']}")
     # Checks that the unmodified model fails are not applied, so a fault of a check could go unnoticed.
     regressions += [
         f"the unmodified model no longer passes {name}"
@@ -241,6 +244,11 @@ def page(content: dict[str, Any]) -> str:
         f"{counts['read only']} read only) and {counts['heads']} have heads. [The next "
         "table](#refused-activation-sites) has the reasons for refused sites.",
         "",
+        "The column *prompt skip* is ok if [prompts can skip](how_to/prompt_skip.md) the upper half of the blocks, and "
+        "the logits of generated tokens equal those of a full forward pass in which the outputs of skipped blocks are "
+        f"replaced. It is ok for {sum(row['prompt_skip'] == 'ok' for row in rows.values())} types. The other types "
+        "have blocks with a recurrent state, or without keys and values of their own, among the skipped ones.",
+        "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
     ]
@@ -256,7 +264,8 @@ def page(content: dict[str, Any]) -> str:
         cells = [row["windows"].get(name, "") for name in (*SINGLE, "three")]
         reasons = sorted({shortened(reason) for reason in row["reasons"].values()})
         states = row["states"] or "not comparable"
-        cells += [states, branches(row), status(row["sites"]["attention.heads"]), "; ".join(reasons)]
+        skip = "ok" if row["prompt_skip"] == "ok" else "refused"
+        cells += [states, branches(row), status(row["sites"]["attention.heads"]), skip, "; ".join(reasons)]
         lines.append(f"| {row['model_type']} | {row['path']} | {own} | {' | '.join(cells)} |")
     lines += ["", *refused_sites(rows.values()), ""]
     return "\n".join([*lines, *section(content["others"], content["transformers"])]) + "\n"

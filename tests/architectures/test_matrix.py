@@ -73,6 +73,13 @@ def test_nine_of_ten_supported_types_have_both_branches() -> None:
         assert sum(line.count("`,") + 1 for line in lines) == len(refused)
 
 
+def test_prompts_can_skip_blocks_in_most_types() -> None:
+    """The number on the page is that of the rows; refusals have a reason."""
+    results = [row["prompt_skip"] for row in TABLE["rows"].values() if not row["unbuilt"]]
+    assert results.count("ok") >= 120 and all(result == "ok" or ". Expected " in result for result in results)
+    assert f"It is ok for {results.count('ok')} types." in PAGE.read_text()
+
+
 def test_the_second_table_says_what_is_held_of_other_models() -> None:
     assert [row["case"] for row in TABLE["others"]] == list(OTHERS)
     for row in TABLE["others"]:
@@ -151,3 +158,4 @@ def test_a_row_that_gets_worse_is_noticed() -> None:
         assert [bool(worse(row, rows[0])) for row in rows[1:-1]] == [number > before for number in range(4)]
         assert worse(rows[-1], rows[0])
     assert worse({**good, "sites": {}}, good)
+    assert worse({**good, "prompt_skip": "It is refused."}, good) and wrong({**good, "prompt_skip": "WRONG: logits"})

@@ -1,0 +1,194 @@
+"""Measure tasks that need their prompt, with blocks skipped for prompts, on SmolLM2-135M-Instruct.
+
+    python -m benchmarks.prompt_skip [--data FOLDER] [--windows 20-29,22-29] [--items 60] [--draw development]
+
+For each window four variants are scored greedily on synthetic problems and on the last words of held-out passages:
+prompts skip the window with fitted maps, prompts skip it without maps, the window is removed with a fitted map, and it
+is removed. A row has the accuracy of each task relative to the original, the KL divergence by which `fit_prompt_skip`
+chooses windows, and the time of a prompt of 512 tokens, in pairs with the original. Windows and settings are chosen on
+the draw ``development``; the draws ``0``, ``1`` and ``2`` have other items. The rows are saved to
+``benchmarks/results/prompt_skip.json`` and ``.md``, and those that exist are not measured again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.generation_scores import AT_ONCE, bits
+from benchmarks.heldout_pieces import last_words
+from benchmarks.probe_difficulty import chosen
+from benchmarks.quality_scores import write
+from benchmarks.real_text import RESULTS, arguments, split_of
+from benchmarks.short_answers import answer_tokens, fast_products, problems_of
+from benchmarks.timing import machine
+from streamline_hooks import LayerSurgeon
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.evaluation import ANSWER_STOP, TextGenerationConfig, generate_texts, solve_problems
+from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
+from streamline_hooks.repair import LinearConfig, fit_windows, insert_replacement
+from streamline_hooks.surgery import PromptSkip
+
+FILE = RESULTS / "prompt_skip.json"
+TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens": 4_096}
+SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
+TIMED_TOKENS = 512
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--windows", default="20-29,22-29", help="first and last skipped block of each window")
+    parser.add_argument("--items", type=int, default=60, help="items per task")
+    parser.add_argument("--draw", choices=SEEDS, default="development")
+    parser.add_argument("--rounds", type=int, default=9, help="pairs of timed prompts")
+    options = parser.parse_args()
+    content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
+    content["machine"] = machine()
+    model, tokenizer = load_pretrained("smollm2")
+    tasks = Tasks(options.data, tokenizer, options.items, SEEDS[options.draw])
+    split = split_of(options.data, tokenizer, **TOKENS)
+
+    def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        key = f"{options.draw}, {options.items} items, {name}"
+        if key not in content["rows"]:
+            content["rows"][key] = {"draw": options.draw, "items": options.items, "name": name, **measure()}
+            write(FILE, content)
+            FILE.with_suffix(".md").write_text(table(content["rows"]))
+
+    add("original", lambda: {"tasks": tasks.score(model)})
+    for text in options.windows.split(","):
+        first, last = map(int, text.split("-"))
+        window = range(first, last + 1)
+        fitted = fit_prompt_skip(model, split, window, tokenizer=tokenizer)
+        for name, variant in variants(model, fitted, split).items():
+
+            def measure(variant: Any = variant, fitted: FittedPromptSkip = fitted) -> dict[str, Any]:
+                with variant() as changed:
+                    row: dict[str, Any] = {"tasks": tasks.score(changed)}
+                if isinstance(variant, _Skipping):
+                    row |= {"kl": fitted.kl, "prefill": prefill_ratio(model, variant, options.rounds)}
+                return row
+
+            add(f"{text}, {name}", measure)
+    print(table(content["rows"]))
+
+
+class Tasks:
+    """Problems and passages of one draw."""
+
+    def __init__(self, data: Any, tokenizer: Any, items: int, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.problems = problems_of(items, seed, chosen())
+        self.ends = last_words(data, tokenizer, items, seed)
+
+    def score(self, model: Any) -> dict[str, str]:
+        """Return for each task which items are right, as bits."""
+        results = {}
+        with fast_products(model):
+            for kind, problems in self.problems.items():
+                config = TextGenerationConfig(
+                    new_tokens=answer_tokens(self.tokenizer, problems), stop=ANSWER_STOP, batch_size=AT_ONCE["probes"]
+                )
+                results[kind] = bits(solve_problems(model, self.tokenizer, problems, config, desc=kind).correct)
+            config = TextGenerationConfig(new_tokens=6, batch_size=AT_ONCE["probes"])
+            contexts = [end.context for end in self.ends]
+            texts = generate_texts(model, self.tokenizer, contexts, config, desc="last words")
+            words = [end.continuation.strip() for end in self.ends]
+            results["last word"] = bits([t.text.split()[:1] == [w] for (t,), w in zip(texts, words, strict=True)])
+        return results
+
+
+class _Skipping:
+    """A context manager that lets the prompts of a model skip a window."""
+
+    def __init__(self, model: Any, window: range, maps: Any) -> None:
+        self.model, self.window, self.maps = model, window, maps
+
+    @contextmanager
+    def __call__(self) -> Iterator[Any]:
+        with PromptSkip(self.model, self.window, self.maps):
+            yield self.model
+
+
+def variants(model: Any, fitted: FittedPromptSkip, split: Any) -> dict[str, Callable[[], Any]]:
+    """Return the context managers that yield the changed model, by name."""
+    window = fitted.window
+
+    @contextmanager
+    def removed(repair: bool) -> Iterator[Any]:
+        changed = copy.deepcopy(model)
+        with LayerSurgeon(changed) as surgeon:
+            if repair:
+                batches = split.batches("calibration"), split.batches("validation")
+                (fit,) = fit_windows(changed, [window], LinearConfig(), *batches)
+                insert_replacement(surgeon, fit)
+            else:
+                surgeon.remove(window)
+            yield changed
+
+    return {
+        "skipped, with maps": _Skipping(model, window, fitted.maps),
+        "skipped": _Skipping(model, window, None),
+        "removed, with a map": lambda: removed(True),
+        "removed": lambda: removed(False),
+    }
+
+
+@torch.no_grad()
+def prefill_ratio(model: Any, variant: _Skipping, rounds: int) -> float:
+    """Return the median time of a prompt with skipped blocks divided by that of the original."""
+    ids = torch.randint(3, 40_000, (1, TIMED_TOKENS), generator=torch.Generator().manual_seed(0))
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    with variant():
+        skipping = vars(model)["generate"]
+        for number in range(rounds + 1):
+            for skips in (True, False):
+                generate = skipping if skips else type(model).generate.__get__(model)
+                started = time.perf_counter()
+                generate(ids, **options)
+                if number:
+                    seconds[skips].append(time.perf_counter() - started)
+    return statistics.median(seconds[True]) / statistics.median(seconds[False])
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Return the rows as Markdown, with accuracies relative to the original of the same draw."""
+    lines = []
+    for group in dict.fromkeys((row["draw"], row["items"]) for row in rows.values()):
+        own = [row for row in rows.values() if (row["draw"], row["items"]) == group]
+        original = next(row for row in own if row["name"] == "original")
+        kinds = list(original["tasks"])
+        accuracy = {kind: _share(original["tasks"][kind]) for kind in kinds}
+        lines += [
+            f"## Draw {group[0]}, {group[1]} items per task",
+            "",
+            "Accuracy of the original: " + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds) + ".",
+            "",
+            f"| blocks | {' | '.join(kinds)} | mean | KL text | KL repeated | prompt time |",
+            f"|{'---|' * (len(kinds) + 5)}",
+        ]
+        for row in own:
+            if row is original:
+                continue
+            kept = [_share(row["tasks"][kind]) / max(accuracy[kind], 1e-9) for kind in kinds]
+            kl = [f"{row['kl'][name]:.3f}" if "kl" in row else "" for name in ("text", "repeated")]
+            cells = [*(f"{value:.0%}" for value in (*kept, sum(kept) / len(kept))), *kl]
+            lines.append(f"| {row['name']} | {' | '.join(cells)} | {row.get('prefill', 1):.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _share(row: str) -> float:
+    return row.count("1") / len(row)
+
+
+if __name__ == "__main__":
+    main()
