@@ -11,7 +11,8 @@ from torch import nn
 from streamline_hooks.core.errors import StreamlineError
 
 _global_state = threading.RLock()
-_registry = threading.Lock()
+# Reentrant: a garbage collection while the lock is held may end another `exclusive_model` in this thread.
+_registry = threading.RLock()
 _users: dict[int, list[int]] = {}  # by the id of a module: the threads that run it, once for each nested use
 
 
@@ -38,21 +39,26 @@ def exclusive_model(*models: nn.Module) -> Iterator[None]:
     with _registry:
         _require_unused(modules, models, thread)
         for key in modules:
-            _users.setdefault(key, []).append(thread)
+            users = _users.setdefault(key, [])
+            users.append(thread)
+            _users[key] = users  # a garbage collection may have removed the empty list
     try:
         yield
     finally:
         with _registry:
             for key in modules:
-                _users[key].remove(thread)
-                if not _users[key]:
-                    del _users[key]
+                users = _users.get(key, [])
+                if thread in users:
+                    users.remove(thread)
+                if not users:
+                    _users.pop(key, None)
 
 
 def require_unused(model: nn.Module) -> None:
     """Raise if another thread is inside `exclusive_model` with this model or with a part of it."""
+    modules = {id(module): module for module in model.modules()}
     with _registry:
-        _require_unused({id(module): module for module in model.modules()}, (model,), threading.get_ident())
+        _require_unused(modules, (model,), threading.get_ident())
 
 
 def _require_unused(modules: dict[int, nn.Module], models: tuple[nn.Module, ...], thread: int) -> None:

@@ -7,6 +7,7 @@ prompt in every block, but not the rest of a block's computation.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -24,7 +25,7 @@ from streamline_hooks.core import (
     refuse_wrapped,
     validate_arguments,
 )
-from streamline_hooks.modeling import BlockStack, OutermostCall, find_stack, part_of_model
+from streamline_hooks.modeling import BlockStack, find_stack, part_of_model
 from streamline_hooks.surgery.commit import commit_surgery
 from streamline_hooks.surgery.layout import checked_window
 from streamline_hooks.surgery.plan import Slot, SurgeryPlan
@@ -79,8 +80,9 @@ class PromptSkip:
 
     Notes
     -----
-    Hooks on a skipped block see the states of all tokens. Hooks on modules inside it see two calls: for the keys and
-    values of all tokens, and for the tokens that run. The context is for one thread.
+    Hooks on a skipped block see the states of all tokens. Inside it, modules up to the keys and values are called
+    twice, for all tokens and for those that run, and the others once. In the first call, hooks of projections of
+    queries see zeros. One thread at a time may generate, or run the model inside `marked`.
 
     Examples
     --------
@@ -122,15 +124,15 @@ class PromptSkip:
         self._marks: Tensor | None = None  # (batch, tokens), from `marked`
         self._pending = 0  # tokens of the prompt that `generate` has not run yet
         self._is_generating = self._is_open = self._is_committed = self._is_prepared = False
+        self._running: nn.Module | None = None  # the outermost module whose forward runs
+        self._thread: int | None = None  # the thread that generates or marks tokens
         self._original_generate: Any = None  # an attribute of the instance, instead of a method
-        self._outermost = OutermostCall()
         self._undo = ExitStack()
 
     def _prepare(self, verify: bool = True) -> None:
         """Learn how the blocks are called, which a model without weights cannot show, and verify the model."""
         if self._is_prepared:
             return
-        _require_dense_masks(self.model)
         for block in self._blocks:
             block.require_causal_masks()
         self._is_prepared = True  # the verification marks tokens
@@ -213,7 +215,7 @@ class PromptSkip:
         vars(self.model)[_SKIP] = self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._is_committed:
+        if not self._is_open:
             return super().__reduce_ex__(protocol)
         raise StreamlineError(
             f"A {type(self.model).__name__} was copied or pickled inside an open PromptSkip, which the copy could not "
@@ -257,11 +259,25 @@ class PromptSkip:
 
     @contextmanager
     def _marking(self, tokens: Tensor) -> Iterator[None]:
-        self._marks = tokens.bool()
+        before = self._marks
+        with self._inside_thread():
+            self._marks = tokens.bool()
+            try:
+                yield
+            finally:
+                self._marks = before
+
+    @contextmanager
+    def _inside_thread(self) -> Iterator[None]:
+        """Refuse other threads, whose tokens would be taken for those of the prompt."""
+        outer, thread = self._thread, threading.get_ident()
+        if outer not in (None, thread):
+            raise _thread_error(self.model)
+        self._thread = thread
         try:
             yield
         finally:
-            self._marks = None
+            self._thread = outer
 
     def _install(self, undo: ExitStack) -> None:
         """Register the hooks of the model, and replace `generate` and the forward of the blocks."""
@@ -272,31 +288,39 @@ class PromptSkip:
             undo.callback(module.register_forward_hook(self._leave_model, always_call=True).remove)
         for block in self._blocks:
             undo.callback(block.install())
+        if callable(getattr(self.model, "generate_batch", None)):
+            undo.callback(set_attribute(self.model, "generate_batch", _refuse_batches))
         if callable(getattr(self.model, "generate", None)):
             self._original_generate = vars(self.model).get("generate")
             undo.callback(set_attribute(self.model, "generate", self._generate))
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         self._prepare()
-        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        inputs = args[0] if args and isinstance(args[0], Tensor) else next((v for v in named if v is not None), None)
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        cached = 0 if cache is None else int(cache.get_seq_length())
-        self._pending = 0 if inputs is None else max(0, inputs.shape[1] - cached - 1)
-        self._is_generating = True
-        try:
-            if self._original_generate is not None:
-                return self._original_generate(*args, **kwargs)
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
-            self._pending, self._is_generating = 0, False
+        before = self._pending, self._is_generating
+        with self._inside_thread():
+            # A call inside another one drafts tokens, which are not those of a prompt.
+            self._pending, self._is_generating = 0 if self._is_generating else _prompt_tokens(args, kwargs), True
+            try:
+                if self._original_generate is not None:
+                    return self._original_generate(*args, **kwargs)
+                return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+            finally:
+                self._pending, self._is_generating = before
+
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._marks is not None or self._pending > 0 or self._pass.is_needed:  # otherwise nothing breaks a graph
+            self._enter_pass(module, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._outermost.begins(module):
+    def _enter_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._thread not in (None, threading.get_ident()):
+            raise _thread_error(self.model)
+        if self._running in (None, module):  # a call of the same module was interrupted
+            self._running = module
             self._pass = SkippingPass(is_needed=self._marks is not None or self._pending > 0)
             if not self._pass.is_needed:
                 return
+            _require_dense_masks(self.model)
             arguments = named_arguments(inspect.signature(module.forward), args, kwargs)
             cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
             if cache is None and self._is_generating:
@@ -304,7 +328,7 @@ class PromptSkip:
                     "PromptSkip: generate runs the model without a cache of keys and values, so every step would run "
                     "the prompt again. Expected use_cache=True. Change the generation config."
                 )
-            if arguments.get("output_attentions"):
+            if arguments.get("output_attentions", getattr(_text_config(self.model), "output_attentions", False)):
                 raise StreamlineError(
                     "PromptSkip: output_attentions=True was given, but skipped tokens have no attention. Expected "
                     "False. Leave it out, or run the model outside of the with statement."
@@ -320,7 +344,8 @@ class PromptSkip:
             self._pass.mask = padding_mask_of_call(module, args, kwargs, self._pass.mask)
 
     def _leave_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._outermost.end(module)
+        if self._running is module:
+            self._running = None
 
     def _begin(self, state: Tensor) -> None:
         """Determine which tokens of a forward pass skip the window that it enters."""
@@ -338,12 +363,18 @@ class PromptSkip:
         marks = marks & ~first_tokens(self._pass.mask, self._pass.cached, state)
         if bool(marks.any()):
             self._pass.skipped, self._pass.boundary = marks, state
-            self._pass.columns = (~marks).any(dim=0).nonzero().flatten()
+            run = (~marks).any(dim=0)
+            run[-1] |= ~run.any()  # blocks that run no token at all may behave differently
+            self._pass.columns = run.nonzero().flatten()
 
     def _estimate(self, number: int, boundary: Tensor, state: Tensor) -> Tensor:
         """Return the estimate of the state that leaves a block of the window."""
         map_ = self.maps[number]
-        return state if map_ is None else map_(boundary).to(state.dtype)
+        if map_ is None:
+            return state
+        device = next((p.device for p in map_.parameters()), boundary.device)
+        estimate: Tensor = map_(boundary.to(device))
+        return estimate.to(state)
 
 
 for _hook in (PromptSkip._enter_model, PromptSkip._leave_model):
@@ -392,6 +423,41 @@ def attach_prompt_skip(model: nn.Module, entry: Mapping[str, Any], maps: nn.Modu
     skip._install_permanently()
 
 
+def _prompt_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return the number of tokens that a call of `generate` adds to its cache, without the last one.
+
+    The inputs are all tokens so far or only the new ones; a mask always belongs to all.
+    """
+    cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if cached and getattr(kwargs.get("generation_config"), "is_assistant", False):
+        return 0  # it drafts tokens for another model
+    mask = kwargs.get("attention_mask")
+    inputs = [mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, kwargs.get("inputs_embeds")]
+    inputs += [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+    tokens = next((value.shape[1] for value in inputs if isinstance(value, Tensor)), 0)
+    return max(0, int(tokens) - cached - 1)
+
+
+def _thread_error(model: nn.Module) -> StreamlineError:
+    return StreamlineError(
+        f"PromptSkip: two threads run this {type(model).__name__} at the same time. Expected one, because the tokens "
+        "of one would be taken for the prompt of the other. Use a lock, or copy.deepcopy(model) for each thread."
+    )
+
+
+def _refuse_batches(*args: Any, **kwargs: Any) -> NoReturn:
+    raise StreamlineError(
+        "generate_batch was called on a model whose prompts skip blocks, but it would skip none. Expected generate. "
+        "Call generate, or use the original model."
+    )
+
+
+def _text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
 def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
     raise StreamlineError(
         "save_pretrained was called inside an open PromptSkip, whose maps it would not save. Expected a closed one. "
@@ -401,8 +467,8 @@ def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
 
 def _require_dense_masks(model: nn.Module) -> None:
     """Raise if the attention of a model does not take masks by query and key."""
-    name = str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
-    if name.startswith(("flash", "flex", "paged", "sage")):
+    name = getattr(_text_config(model), "_attn_implementation", None)
+    if name not in (None, "sdpa", "eager"):
         raise UnsupportedSurgery(
             f"PromptSkip: the attention {name!r} takes no mask by query and key. Expected 'sdpa' or 'eager'. Call "
             "model.set_attn_implementation('sdpa').",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,9 @@ def learn_and_verify(skip: PromptSkip, verify: bool) -> None:
                     _learn(skip, ids, mask)
                 if not verify:
                     return
-                expected = _masked_forward(skip, ids, mask, prompt)
+                expected = _replaced_forward(skip, ids, mask, prompt)
                 computed = _skipped_forward(skip, ids, mask, prompt)
-            except (StreamlineError, UnsupportedSurgery):
+            except StreamlineError:
                 raise
             except Exception as error:
                 raise UnsupportedSurgery(
@@ -59,20 +59,28 @@ def learn_and_verify(skip: PromptSkip, verify: bool) -> None:
                 )
 
 
+def _cache_name_of_model(skip: PromptSkip) -> str:
+    """Return the name of the cache among the arguments of the model, which a wrapper (PEFT) does not list."""
+    for module in skip.stack.ancestors:
+        with suppress(UnsupportedSurgery):
+            return cache_name(module)
+    return cache_name(skip.model)
+
+
 def _learn(skip: PromptSkip, ids: Tensor, mask: Tensor) -> None:
     """Find the axes of tokens of the arguments of the skipped blocks, in two calls with different numbers of tokens."""
     calls = dict.fromkeys(skip.window, 0)
     with ExitStack() as undo:
-        for call, k in zip(skip._blocks, skip.window, strict=True):
+        for skipped, k in zip(skip._blocks, skip.window, strict=True):
 
-            def learn(block: nn.Module, args: Any, kwargs: Any, call: SkippedBlock = call, k: int = k) -> None:
+            def learn(block: nn.Module, args: Any, kwargs: Any, skipped: SkippedBlock = skipped, k: int = k) -> None:
                 calls[k] += 1
-                if not call.has_axes:
-                    call.learn_queries(args, kwargs)
-                call.learn_axes(args, kwargs)
+                if not skipped.has_axes:
+                    skipped.learn_queries(args, kwargs)
+                skipped.learn_axes(args, kwargs)
 
             undo.callback(skip.stack[k].register_forward_pre_hook(learn, with_kwargs=True).remove)
-        half, name = ids.shape[1] // 2, cache_name(skip.model)
+        half, name = ids.shape[1] // 2, _cache_name_of_model(skip)
         more: dict[str, Any] = {}
         for part in (slice(0, half), slice(half, None)):
             if "position_ids" in inspect.signature(skip.model.forward).parameters:  # as in `generate`
@@ -89,7 +97,7 @@ def _learn(skip: PromptSkip, ids: Tensor, mask: Tensor) -> None:
             )
 
 
-def _masked_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> Tensor:
+def _replaced_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> Tensor:
     """Return the logits of a full forward pass in which the outputs of skipped blocks are replaced by estimates."""
     marks = prompt & ~first_tokens(mask, 0, ids)
     boundary: list[Tensor] = []
@@ -109,12 +117,12 @@ def _masked_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt: 
 
 
 def _skipped_forward(skip: PromptSkip, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> Tensor:
-    """Return the logits of two parts of a prompt, whose tokens skip the window, and of a continuation."""
+    """Return the logits of the parts of a prompt, whose tokens skip the window, and of a continuation."""
     logits: list[Tensor] = []
-    name, cache = cache_name(skip.model), None
+    name, cache = _cache_name_of_model(skip), None
     with ExitStack() as undo:
         skip._install(undo)
-        for part in (slice(0, 3), slice(3, _PROMPT), slice(_PROMPT, None)):
+        for part in (slice(0, 3), slice(3, 5), slice(5, _PROMPT), slice(_PROMPT, None)):  # of (3, 5), no token runs
             arguments: dict[str, Any] = {"input_ids": ids[:, part], "use_cache": True}
             if mask is not None:
                 arguments["attention_mask"] = mask[:, : part.stop]

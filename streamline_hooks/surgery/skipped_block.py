@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -86,8 +87,6 @@ class SkippedBlock:
         keys = values[self._cache_name] = KeyStore(values.get(self._cache_name))
         self._store_keys(keys, values)
         after = self._skip._estimate(self._number, boundary, state)
-        if not len(columns):
-            return after
         chosen = {
             name: value if value is state else self._columns_of(name, value, columns, state.shape[1])
             for name, value in values.items()
@@ -96,14 +95,15 @@ class SkippedBlock:
             chosen["attention_mask"] = _causal_mask(columns + present.cached, keys.length)
         _, chosen = write_input((), chosen, state[:, columns], block)
         output = self._forward(**chosen)
-        run = torch.where(skipped[:, columns, None], after[:, columns], read_output(output))
+        columns = columns.to(after.device)
+        run = torch.where(skipped.to(after.device)[:, columns, None], after[:, columns], read_output(output))
         return write_output(output, after.index_copy(1, columns, run.to(after.dtype)))
 
-    def _store_keys(self, keys: KeyStore, values: dict[str, Any]) -> None:
-        """Run the block until it updates its cache."""
+    def _store_keys(self, keys: KeyStore, values: dict[str, Any], query: float = 0.0) -> None:
+        """Run the block until it updates its cache, with a constant in place of its queries."""
         with ExitStack() as undo:
             for module in self._queries:
-                undo.callback(set_attribute(module, "forward", partial(_zeros, module)))
+                undo.callback(set_attribute(module, "forward", partial(_constant, module, query)))
             try:
                 self._forward(**values)
             except _KeysStoredError:
@@ -121,7 +121,8 @@ class SkippedBlock:
 
         def stored() -> tuple[Tensor, Tensor]:
             keys = values[self._cache_name] = KeyStore(copy.deepcopy(cache))
-            self._store_keys(keys, dict(values))
+            # Not zero, which would also leave the keys unchanged behind a module whose weights are zero now.
+            self._store_keys(keys, dict(values), math.nan)
             assert keys.stored is not None
             return keys.stored
 
@@ -180,7 +181,7 @@ class SkippedBlock:
                 "prompt-skip",
             )
         for axis in self._token_axes[key]:
-            part = part.index_select(axis, columns) if part.shape[axis] == tokens else part
+            part = part.index_select(axis, columns.to(part.device)) if part.shape[axis] == tokens else part
         return part
 
 
@@ -221,9 +222,9 @@ def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs:
     return bound
 
 
-def _zeros(module: nn.Linear, state: Tensor) -> Tensor:
-    """Return zeros in place of the output of a linear module, without allocating them."""
-    return state.new_zeros(()).expand(*state.shape[:-1], module.out_features)
+def _constant(module: nn.Linear, value: float, state: Tensor) -> Tensor:
+    """Return a constant in place of the output of a linear module, without allocating it."""
+    return state.new_full((), value).expand(*state.shape[:-1], module.out_features)
 
 
 def cache_name(module: nn.Module) -> str:

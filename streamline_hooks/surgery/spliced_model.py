@@ -159,8 +159,7 @@ class _ModelWithSplices:
                     "The prompts of this checkpoint skip blocks, which needs streamline_hooks. Install it."
                 ) from error
             entry = description["prompt_skip"]
-            maps = {k: build_replacement(m["kind"], m["config"]) for k, m in entry["maps"].items()}
-            attach_prompt_skip(cast("nn.Module", self), entry, nn.ModuleDict(maps))
+            attach_prompt_skip(cast("nn.Module", self), entry, _build_maps(entry))
         self.register_load_state_dict_pre_hook(accept_guarded)  # type: ignore[attr-defined]
         if _guarded.get():
             _set_guard_axis(self, present=True)
@@ -216,7 +215,7 @@ _FIELDS_OF_MODULE: dict[str, type] = {"kind": str, "config": dict}
 
 
 def _check_description(description: Any, base_type: Any) -> None:
-    """Raise unless a configuration describes at least one splice in a format that this version reads."""
+    """Raise unless a configuration describes splices or skipped blocks in a format that this version reads."""
     if not isinstance(description, dict) or base_type is None:
         raise StreamlineError(
             "This configuration has the model type 'streamline_hooks' but no plan or no base_model_type, so "
@@ -442,7 +441,7 @@ def _warn_about_wider_dtypes(model: Any) -> None:
     wider = {p.dtype for p in spliced_parameters if p.is_floating_point() and p.dtype.itemsize > model.dtype.itemsize}
     if wider:
         warnings.warn(
-            f"The spliced modules have dtype {', '.join(map(str, wider))}, but loading casts all weights to the dtype "
+            f"The replacements have dtype {', '.join(map(str, wider))}, but loading casts all weights to the dtype "
             f"of the model, {model.dtype}. Load the checkpoint with dtype={next(iter(wider))} to keep their values.",
             stacklevel=3,
         )
@@ -457,11 +456,23 @@ def _fill_unsaved_buffers(model: Any) -> None:
             continue
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             rebuilt = nn.ModuleList(build_splices(entry))
-        for part, rebuilt_part in zip(modules.modules(), rebuilt.modules(), strict=True):
-            for name in part._non_persistent_buffers_set:
-                buffer, value = part._buffers[name], rebuilt_part._buffers[name]
-                if buffer is not None and value is not None:
-                    part._buffers[name] = value.to(buffer.device, buffer.dtype)
+        _fill_buffers(modules, rebuilt)
+    if "prompt_skip" in description and (maps := getattr(model, PROMPT_MAPS, None)) is not None:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            _fill_buffers(maps, _build_maps(description["prompt_skip"]))
+
+
+def _fill_buffers(modules: nn.Module, rebuilt: nn.Module) -> None:
+    for part, rebuilt_part in zip(modules.modules(), rebuilt.modules(), strict=True):
+        for name in part._non_persistent_buffers_set:
+            buffer, value = part._buffers[name], rebuilt_part._buffers[name]
+            if buffer is not None and value is not None:
+                part._buffers[name] = value.to(buffer.device, buffer.dtype)
+
+
+def _build_maps(entry: dict[str, Any]) -> nn.ModuleDict:
+    """Build the maps of `PromptSkip` that a checkpoint describes."""
+    return nn.ModuleDict({k: build_replacement(m["kind"], m["config"]) for k, m in entry["maps"].items()})
 
 
 def _block_of_entry(model: Any, description: dict[str, Any], entry: dict[str, Any]) -> nn.Module:

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, load, save
 from streamline_hooks.checkpoint import export_plain
-from streamline_hooks.replacements import LinearReplacement, SwiGLUReplacement
+from streamline_hooks.replacements import LinearReplacement, SwiGLUReplacement, register_module
 from streamline_hooks.surgery import PromptSkip, prompt_skip_of
 from tests.processes import in_a_new_process
 from tests.tiny_models import FAMILIES, WIDTH, left_padded, tiny_model, tokens
@@ -100,6 +100,30 @@ def test_trained_maps_and_a_loaded_state_dict_are_used() -> None:
     assert not torch.equal(outputs(model)[1], outputs(other)[1])
     model.load_state_dict(other.state_dict())
     assert_equal(outputs(model), outputs(other))
+
+
+@register_module("test-shifted")
+class Shifted(nn.Module):
+    """A map with a buffer that checkpoints do not contain."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.scale = nn.Parameter(torch.full((features,), 0.5))
+        self.register_buffer("shift", torch.arange(features) / features, persistent=False)
+
+    def to_config(self) -> dict[str, Any]:
+        return {"features": self.features}
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return state * self.scale + self.shift
+
+
+def test_buffers_that_no_checkpoint_contains_come_back(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with PromptSkip(model, WINDOW, [Shifted(WIDTH), Shifted(WIDTH), None]) as skip:
+        skip.commit()
+    assert_equal(outputs(load(save(model, tmp_path / "m"))), outputs(model))
 
 
 def test_without_the_library_loading_fails(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,6 +176,119 @@ def test_any_tokens_of_any_window_equal_the_reference(
     assert torch.allclose(computed[mask.bool()], expected[mask.bool()], atol=1e-5)
 
 
+class LowRank(nn.Linear):
+    """A projection with a low-rank part that starts at zero, such as LoRA's."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        self.load_state_dict(base.state_dict())
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return super().forward(state) + self.up(self.down(state))
+
+
+def test_adapters_of_keys_and_values_that_are_zero_at_first_are_used_and_trained() -> None:
+    model, ids, estimates = tiny_model("llama"), tokens(2, 7), maps()
+    for k in WINDOW:
+        attention = model.model.layers[k].self_attn
+        attention.k_proj, attention.v_proj = LowRank(attention.k_proj), LowRank(attention.v_proj)
+    marks = prompt_marks({"input_ids": ids})
+    with PromptSkip(model, WINDOW, estimates) as skip:
+        adapters = [module for module in model.modules() if isinstance(module, LowRank)]
+        for adapter in adapters:
+            nn.init.normal_(adapter.up.weight, std=0.3)
+        with skip.marked(marks):
+            computed = model(ids).logits
+        computed[~marks].square().mean().backward()
+    assert all(adapter.down.weight.grad is not None and adapter.down.weight.grad.any() for adapter in adapters)
+    with torch.no_grad(), replaced_outputs(model, WINDOW, estimates, marks):
+        assert torch.allclose(computed, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("only_new", [True, False])
+def test_a_turn_may_be_given_as_all_tokens_or_as_the_new_ones(only_new: bool) -> None:
+    model, estimates, first = tiny_model("llama"), maps(), tokens(1, 4)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    seen: list[int] = []
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates):
+        cache = model(first, use_cache=True)[name]
+        whole = torch.cat([first, tokens(1, 9, seed=3)], dim=1)
+        model.model.layers[3].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
+        inputs = {"input_ids": whole[:, 4:] if only_new else whole, "attention_mask": torch.ones_like(whole)}
+        model.generate(**inputs, max_new_tokens=2, **GREEDY, **{name: cache})
+    assert seen == [1, 1]
+
+
+@needs_transformers_5
+def test_drafts_by_the_model_itself_leave_its_prompt_skipping() -> None:
+    model, estimates, ids = tiny_model("llama"), maps(), tokens(1, 9)
+    seen: list[int] = []
+    expected = greedy_reference(model, estimates, {"input_ids": ids}, 6)
+    with PromptSkip(model, WINDOW, estimates):
+        model.model.layers[4].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
+        options = {"assistant_early_exit": 2, "max_new_tokens": 6, **GREEDY}
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert seen and max(seen) < 9
+
+
+def test_an_assistant_whose_prompts_skip_blocks_runs_drafts_in_full() -> None:
+    model, assistant, ids, seen = tiny_model("llama"), tiny_model("llama"), tokens(1, 9), []
+    expected = model.generate(ids, max_new_tokens=6, **GREEDY)
+    with PromptSkip(assistant, WINDOW):
+        skipped = assistant.model.layers[3]
+        skipped.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
+        skipped.register_forward_pre_hook(lambda block, args: seen.append(-args[0].shape[1]))
+        drafted = model.generate(ids, assistant_model=assistant, max_new_tokens=6, **GREEDY)
+    assert torch.equal(drafted, expected)
+    calls = list(zip(seen[::2], seen[1::2], strict=True))
+    assert calls[0] == (-9, 2) and all(tokens_in == -run for tokens_in, run in calls[1:])
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("name", ["bloom", "falcon"])
+def test_a_chunk_in_which_every_token_skips_works_where_blocks_return_tuples(name: str) -> None:
+    model, ids = model_of_type(name), tokens(2, 12)
+    with PromptSkip(model, range(4, 8)):
+        expected = model.generate(ids, max_new_tokens=3, **GREEDY)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, prefill_chunk_size=4, **GREEDY), expected)
+
+
+def test_other_threads_are_refused_while_one_generates_or_marks() -> None:
+    model, ids, errors = tiny_model("llama"), tokens(1, 6), []
+
+    def elsewhere(skip: PromptSkip) -> None:
+        for call in (lambda: model.generate(ids, max_new_tokens=2), lambda: skip.marked(ids > 0).__enter__()):
+            try:
+                call()
+            except StreamlineError as error:
+                errors.append(str(error))
+
+    with PromptSkip(model, WINDOW, maps()) as skip, skip.marked(torch.ones(1, 6)):
+        thread = threading.Thread(target=elsewhere, args=(skip,))
+        thread.start()
+        thread.join()
+    assert len(errors) == 2 and all("two threads" in error for error in errors)
+
+
+def test_marks_inside_marks_end_with_their_context() -> None:
+    model, ids, marks = tiny_model("llama"), tokens(1, 6), torch.tensor([[False, True, True, False, False, False]])
+    with torch.no_grad(), PromptSkip(model, WINDOW, maps()) as skip, skip.marked(marks):
+        expected = model(ids).logits
+        with skip.marked(marks.roll(1)):
+            assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_forward_pass_without_a_prompt_compiles_to_one_graph() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 7)
+    with torch.no_grad(), PromptSkip(model, WINDOW, maps()):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(ids, use_cache=False).logits, model(ids).logits, atol=1e-5)
+
+
 def test_only_the_first_and_last_token_run_the_rest_of_a_skipped_block() -> None:
     model, seen = tiny_model("llama"), []
     model.model.layers[3].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
@@ -252,6 +366,18 @@ def with_attentions(model: Any, skip: PromptSkip) -> None:
         model(tokens(1, 5), output_attentions=True)
 
 
+def in_batches(model: Any, skip: PromptSkip) -> None:
+    model.generate_batch([[3, 4]])
+
+
+def with_other_attention(model: Any, skip: PromptSkip) -> None:
+    model.config._attn_implementation = "flash_attention_2"
+    try:
+        model.generate(tokens(1, 5), max_new_tokens=2)
+    finally:
+        model.config._attn_implementation = "sdpa"
+
+
 def with_other_shape(model: Any, skip: PromptSkip) -> None:
     with skip.marked(torch.ones(1, 4)):
         model(tokens(1, 5))
@@ -275,6 +401,8 @@ INSIDE = {
     with_checkpointing: "gradient checkpointing",
     without_cache: "use_cache=True",
     with_attentions: "output_attentions",
+    in_batches: "generate_batch",
+    with_other_attention: "set_attn_implementation",
     with_other_shape: r"\(1, 4\).*\(1, 5\)",
     saved: "Leave the with statement",
     copied: "copied or pickled",
@@ -314,9 +442,6 @@ def test_wrong_maps_and_attention_are_refused() -> None:
         PromptSkip(model, WINDOW, maps(2))
     with pytest.raises(StreamlineError, match="marked.. was called outside"):
         PromptSkip(model, WINDOW).marked(torch.ones(1, 4)).__enter__()
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedSurgery, match="set_attn_implementation"):
-        PromptSkip(model, WINDOW)
     with pytest.raises(StreamlineError, match="compiled"):
         PromptSkip(torch.compile(tiny_model("llama")), WINDOW)
     with LayerSurgeon(tiny_model("llama")) as surgeon, pytest.raises(StreamlineError, match="LayerSurgeon is open"):
