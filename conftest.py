@@ -65,6 +65,21 @@ def few_tracked_objects() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def restore_registries() -> Iterator[None]:
+    """Remove the criteria, losses, replacements, searches and stack finders that a module's tests registered."""
+    from streamline_hooks import distillation, modeling, repair, selection
+
+    registries = (
+        distillation.LOSSES, modeling.STACK_FINDERS, repair.REPLACEMENTS, selection.CRITERIA, selection.SEARCHES,
+    )  # fmt: skip
+    before = [set(registry) for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry) - names:
+            del registry[name]
+
+
 @pytest.fixture(autouse=True)
 def restore_log() -> Iterator[None]:
     """Remove what a command added to the library's logger, which would print the log of later examples."""

@@ -12,15 +12,20 @@ from torch import nn
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.core import exclusive_model
-from streamline_hooks.core.threads import _users, require_unused
+from streamline_hooks.core.threads import require_unused
 
 
-class Collecting(list[int]):
-    """Users of a module whose reading collects garbage."""
+class CollectsGarbage(type):
+    """A class whose name, which the registry reads for its error message, collects garbage."""
 
-    def __iter__(self) -> Any:
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
         gc.collect()
-        return super().__iter__()
+        return "Collecting"
+
+
+class Collecting(nn.Linear, metaclass=CollectsGarbage):
+    pass
 
 
 def abandoned(model: nn.Module) -> None:
@@ -39,21 +44,32 @@ def in_a_thread(function: Callable[[], None]) -> bool:
 
 
 def test_a_context_that_the_garbage_collector_ends_does_not_block() -> None:
-    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model, other, errors = Collecting(2, 2), nn.Linear(2, 2), []
+    entered, done = threading.Event(), threading.Event()
     gc.collect()
+
+    def hold() -> None:
+        with exclusive_model(model):
+            entered.set()
+            done.wait()
 
     def use() -> None:
         abandoned(other)
-        _users[id(model)] = Collecting()
-        require_unused(model)  # collects while it holds the lock
+        try:
+            require_unused(model)  # reads the name of the class while it holds the lock
+        except StreamlineError as error:
+            errors.append(error)
 
+    threading.Thread(target=hold, daemon=True).start()
+    assert entered.wait(timeout=30)
     gc.disable()
     try:
         assert in_a_thread(use)
     finally:
         gc.enable()
-        _users.pop(id(model), None)
-    assert id(other) not in _users
+        done.set()
+    assert len(errors) == 1 and "Collecting" in str(errors[0])
+    require_unused(other)  # by this thread, which is not the one that entered
 
 
 def test_another_thread_is_refused_and_nested_uses_end_in_turn() -> None:
@@ -71,4 +87,4 @@ def test_another_thread_is_refused_and_nested_uses_end_in_turn() -> None:
         assert in_a_thread(elsewhere) and len(errors) == 2
         with pytest.raises(ZeroDivisionError), exclusive_model(model):
             raise ZeroDivisionError
-    assert in_a_thread(elsewhere) and len(errors) == 2 and id(model) not in _users
+    assert in_a_thread(elsewhere) and len(errors) == 2
