@@ -1,23 +1,27 @@
 """Measure tasks that need their prompt, with blocks skipped for prompts, on SmolLM2-135M-Instruct.
 
     python -m benchmarks.prompt_skip [--data FOLDER] [--windows 20-29,22-29] [--items 60] [--draw development]
+        [--variants trained,fitted,skipped,mapped,removed] [--train-tokens 200704] [--learning-rate 0.001]
 
-For each window four variants are scored greedily on synthetic problems and on the last words of held-out passages:
-prompts skip the window with fitted maps, prompts skip it without maps, the window is removed with a fitted map, and it
-is removed. A row has the accuracy of each task relative to the original, the KL divergence by which `fit_prompt_skip`
-chooses windows, and the time of a prompt of 512 tokens, in pairs with the original. Windows and settings are chosen on
-the draw ``development``; the draws ``0``, ``1`` and ``2`` have other items. The rows are saved to
+For each window up to five variants are scored greedily on synthetic problems and on the last words of held-out
+passages: prompts skip the window with trained maps, with fitted maps or without maps, or the window is removed with a
+fitted map or without one. A row has the accuracy of each task relative to the original, the KL divergence by which
+`fit_prompt_skip` chooses windows, and the time of a prompt of 512 tokens, in pairs with the original. Windows and
+settings are chosen on the draw ``development``, which has problems only, because held-out text must not be used for
+choices; the draws ``0``, ``1`` and ``2`` have other problems, and seed the training. The rows are saved to
 ``benchmarks/results/prompt_skip.json`` and ``.md``, and those that exist are not measured again.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +33,7 @@ from benchmarks.quality_scores import write
 from benchmarks.real_text import RESULTS, arguments, split_of
 from benchmarks.short_answers import answer_tokens, fast_products, problems_of
 from benchmarks.timing import machine
-from streamline_hooks import LayerSurgeon
+from streamline_hooks import DistillationConfig, LayerSurgeon
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.evaluation import ANSWER_STOP, TextGenerationConfig, generate_texts, solve_problems
 from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
@@ -40,6 +44,13 @@ FILE = RESULTS / "prompt_skip.json"
 TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens": 4_096}
 SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
 TIMED_TOKENS = 512
+VARIANTS = {
+    "trained": "skipped, with trained maps",
+    "fitted": "skipped, with maps",
+    "skipped": "skipped",
+    "mapped": "removed, with a map",
+    "removed": "removed",
+}
 
 
 def main() -> None:
@@ -48,12 +59,19 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=60, help="items per task")
     parser.add_argument("--draw", choices=SEEDS, default="development")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of timed prompts")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="variants of each window")
+    parser.add_argument("--train-tokens", type=int, default=200_704)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args()
     content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
     content["machine"] = machine()
     model, tokenizer = load_pretrained("smollm2")
-    tasks = Tasks(options.data, tokenizer, options.items, SEEDS[options.draw])
+    tasks = Tasks(options.data, tokenizer, options.items, options.draw)
     split = split_of(options.data, tokenizer, **TOKENS)
+    more = split_of(options.data, tokenizer, **TOKENS | {"calibration_tokens": options.train_tokens})
+    seed = SEEDS[options.draw] - SEEDS["0"] if options.draw != "development" else 9
+    training = DistillationConfig(learning_rate=options.learning_rate, seed=seed)
+    label = f"{options.train_tokens:,} tokens, learning rate {options.learning_rate:g}"
 
     def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         key = f"{options.draw}, {options.items} items, {name}"
@@ -66,27 +84,45 @@ def main() -> None:
     for text in options.windows.split(","):
         first, last = map(int, text.split("-"))
         window = range(first, last + 1)
-        fitted = fit_prompt_skip(model, split, window, tokenizer=tokenizer)
-        for name, variant in variants(model, fitted, split).items():
 
-            def measure(variant: Any = variant, fitted: FittedPromptSkip = fitted) -> dict[str, Any]:
-                with variant() as changed:
-                    row: dict[str, Any] = {"tasks": tasks.score(changed)}
-                if isinstance(variant, _Skipping):
-                    row |= {"kl": fitted.kl, "prefill": prefill_ratio(model, variant, options.rounds)}
-                return row
+        @functools.cache
+        def fitted(window: range = window) -> FittedPromptSkip:
+            return fit_prompt_skip(model, split, window, tokenizer=tokenizer)
 
-            add(f"{text}, {name}", measure)
+        def trained(window: range = window) -> FittedPromptSkip:
+            return fit_prompt_skip(model, more, window, tokenizer=tokenizer, distillation=training)
+
+        def skipping(fit: Callable[[], FittedPromptSkip]) -> dict[str, Any]:
+            done = fit()
+            variant = _Skipping(model, done.window, done.maps)
+            with variant():
+                row: dict[str, Any] = {"tasks": tasks.score(model), "kl": dict(done.kl)}
+            row["prefill"] = prefill_ratio(model, variant, options.rounds)
+            return row | ({"training": done.training.report()} if done.training else {})
+
+        def removing(repair: bool, window: range = window) -> dict[str, Any]:
+            with removed(model, window, split, repair) as changed:
+                return {"tasks": tasks.score(changed)}
+
+        measures: dict[str, Callable[[], dict[str, Any]]] = {
+            "trained": lambda: skipping(trained),
+            "fitted": lambda: skipping(fitted),
+            "skipped": lambda: skipping(lambda: replace(fitted(), maps=(None,) * len(fitted().window), kl={})),
+            "mapped": lambda: removing(True),
+            "removed": lambda: removing(False),
+        }
+        for name in options.variants.split(","):
+            add(f"{text}, {VARIANTS[name]}{f' ({label})' if name == 'trained' else ''}", measures[name])
     print(table(content["rows"]))
 
 
 class Tasks:
     """Problems and passages of one draw."""
 
-    def __init__(self, data: Any, tokenizer: Any, items: int, seed: int) -> None:
+    def __init__(self, data: Any, tokenizer: Any, items: int, draw: str) -> None:
         self.tokenizer = tokenizer
-        self.problems = problems_of(items, seed, chosen())
-        self.ends = last_words(data, tokenizer, items, seed)
+        self.problems = problems_of(items, SEEDS[draw], chosen())
+        self.ends = [] if draw == "development" else last_words(data, tokenizer, items, SEEDS[draw])
 
     def score(self, model: Any) -> dict[str, str]:
         """Return for each task which items are right, as bits."""
@@ -97,6 +133,8 @@ class Tasks:
                     new_tokens=answer_tokens(self.tokenizer, problems), stop=ANSWER_STOP, batch_size=AT_ONCE["probes"]
                 )
                 results[kind] = bits(solve_problems(model, self.tokenizer, problems, config, desc=kind).correct)
+            if not self.ends:
+                return results
             config = TextGenerationConfig(new_tokens=6, batch_size=AT_ONCE["probes"])
             contexts = [end.context for end in self.ends]
             texts = generate_texts(model, self.tokenizer, contexts, config, desc="last words")
@@ -117,28 +155,18 @@ class _Skipping:
             yield self.model
 
 
-def variants(model: Any, fitted: FittedPromptSkip, split: Any) -> dict[str, Callable[[], Any]]:
-    """Return the context managers that yield the changed model, by name."""
-    window = fitted.window
-
-    @contextmanager
-    def removed(repair: bool) -> Iterator[Any]:
-        changed = copy.deepcopy(model)
-        with LayerSurgeon(changed) as surgeon:
-            if repair:
-                batches = split.batches("calibration"), split.batches("validation")
-                (fit,) = fit_windows(changed, [window], LinearConfig(), *batches)
-                insert_replacement(surgeon, fit)
-            else:
-                surgeon.remove(window)
-            yield changed
-
-    return {
-        "skipped, with maps": _Skipping(model, window, fitted.maps),
-        "skipped": _Skipping(model, window, None),
-        "removed, with a map": lambda: removed(True),
-        "removed": lambda: removed(False),
-    }
+@contextmanager
+def removed(model: Any, window: range, split: Any, repair: bool) -> Iterator[Any]:
+    """Yield a copy of the model without a window, or with a linear map in its place."""
+    changed = copy.deepcopy(model)
+    with LayerSurgeon(changed) as surgeon:
+        if repair:
+            batches = split.batches("calibration"), split.batches("validation")
+            (fit,) = fit_windows(changed, [window], LinearConfig(), *batches)
+            insert_replacement(surgeon, window, fit.replacement_module)
+        else:
+            surgeon.remove(window)
+        yield changed
 
 
 @torch.no_grad()
@@ -179,7 +207,7 @@ def table(rows: dict[str, Any]) -> str:
             if row is original:
                 continue
             kept = [_share(row["tasks"][kind]) / max(accuracy[kind], 1e-9) for kind in kinds]
-            kl = [f"{row['kl'][name]:.3f}" if "kl" in row else "" for name in ("text", "repeated")]
+            kl = [f"{row['kl'][name]:.3f}" if row.get("kl") else "" for name in ("text", "repeated")]
             cells = [*(f"{value:.0%}" for value in (*kept, sum(kept) / len(kept))), *kl]
             lines.append(f"| {row['name']} | {' | '.join(cells)} | {row.get('prefill', 1):.2f} |")
         lines.append("")

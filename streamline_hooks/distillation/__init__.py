@@ -4,6 +4,7 @@ from streamline_hooks.distillation.config import DistillationConfig
 from streamline_hooks.distillation.healing import HealingConfig, freeze_all_but, healing_copies, student_of
 from streamline_hooks.distillation.losses import LOSSES, Loss, Objective, register_loss
 from streamline_hooks.distillation.progress import TrainingCallback, TrainingProgress, TrainingResult
+from streamline_hooks.distillation.prompt_student import PromptSkipStudent, prompt_of
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.teacher_cache import TeacherCache, TeacherStates, cache_teacher_states
 from streamline_hooks.distillation.train import train
@@ -14,6 +15,7 @@ __all__ = [
     "HealingConfig",
     "Loss",
     "Objective",
+    "PromptSkipStudent",
     "Student",
     "TeacherCache",
     "TeacherStates",
@@ -23,6 +25,7 @@ __all__ = [
     "cache_teacher_states",
     "freeze_all_but",
     "healing_copies",
+    "prompt_of",
     "register_loss",
     "student_of",
     "train",

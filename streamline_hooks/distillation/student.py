@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,9 @@ class Student:
     >>> student.start, sorted(student.parameters())
     (2, ['2-3.0.projection.weight'])
     """
+
+    compares_states: ClassVar[bool] = True
+    """Whether a loss may compare the hidden states after the windows."""
 
     def __init__(
         self,

@@ -219,7 +219,12 @@ def _require_reached(student: Student, objective: Objective) -> None:
 
 
 def _require_comparable(student: Student, objective: Objective) -> None:
-    """Raise if an earlier surgery inserted a module after a window whose output is compared."""
+    """Raise if the student has no states to compare, or an earlier surgery inserted a module after a window."""
+    if objective.needs_states and not student.compares_states:
+        raise StreamlineError(
+            f"The loss {objective} compares hidden states, which a {type(student).__name__} has only for some tokens. "
+            "Expected a loss on outputs. Use kl, reverse_kl or lm."
+        )
     stack = student.stack
     ends = [(stack[w.stop], BEFORE) if w.stop < len(stack) else (stack[-1], AFTER) for w in student.windows]
     if objective.needs_states and any(spliced(block, position) for block, position in ends):

@@ -158,11 +158,11 @@ class Task(Config):
         """Return the number of answers for a batch, without running the model."""
         if self.name in _UNITS:
             return batch_rows(batch)
-        mask = self._answer_mask(batch)
+        mask = self.answer_mask(batch)
         return count_tokens(batch) if mask is None else int(mask.sum())
 
-    def _answer_mask(self, batch: Batch | Tensor) -> Tensor | None:
-        """Return the mask of the tokens with an answer; None if all real tokens have one."""
+    def answer_mask(self, batch: Batch | Tensor) -> Tensor | None:
+        """Return the mask of the tokens with an answer, (batch, tokens); None if all real tokens have one."""
         if self.name == "masked-lm":
             return None if isinstance(batch, Tensor) else _label_mask(batch)
         return _decoder_mask(batch) if self.name == "seq2seq" else None
@@ -199,7 +199,7 @@ class Task(Config):
             return self._embeddings(output, batch)
         logits = get_logits(output)
         if self.name not in _UNITS:
-            mask = self._answer_mask(batch)
+            mask = self.answer_mask(batch)
             return select_tokens(logits, token_mask(logits, _attention_mask(batch) if mask is None else mask))
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise StreamlineError(

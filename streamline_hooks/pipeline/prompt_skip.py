@@ -1,9 +1,10 @@
-"""Choose the blocks that a prompt skips, and fit the maps that estimate their states."""
+"""Choose the blocks that a prompt skips, and fit and train the maps that estimate their states."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from streamline_hooks.core import (
+    IGNORE_INDEX,
     Batch,
     StreamlineError,
     UnsupportedSurgery,
     check_field_names,
     current_processes,
     describe_blocks,
-    device_of,
     get_logger,
     padding_mask,
+    prepare_inputs,
     progress_bar,
     validate_arguments,
 )
+from streamline_hooks.distillation import PromptSkipStudent, TrainingResult, prompt_of, train
 from streamline_hooks.modeling import Task, find_stack, inference, summed_kl
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.prepare import CompressionData, Preparation, parts_of, prepare_compression
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 Continuation = Literal["text", "repeated"]
+_LEAST = 0.25  # of a sequence: the shortest prompt of a training batch, and the shortest continuation
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,8 @@ class FittedPromptSkip:
     kl : dict of str to float
         KL(full model ‖ skipping model) in nats per token of the second half of a sequence, whose first half is the
         prompt: of validation text ("text"), and of a passage that is the same as the prompt ("repeated").
+    training : TrainingResult or None
+        The training run of the maps; None if they are in closed form.
 
     Examples
     --------
@@ -64,6 +70,7 @@ class FittedPromptSkip:
     window: range
     maps: tuple[nn.Module | None, ...]
     kl: Mapping[Continuation, float]
+    training: TrainingResult | None = None
 
     @property
     def distance(self) -> float:
@@ -92,15 +99,19 @@ def fit_prompt_skip(
     config: CompressionConfig | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    checkpoint_file: str | Path | None = None,
+    resume: bool = False,
     **fields: Any,
 ) -> FittedPromptSkip:
-    """Choose the blocks that a prompt skips, and fit a map for each.
+    """Choose the blocks that a prompt skips, fit a map for each, and optionally train the maps.
 
     Each map is fitted from the state that enters the window, which a token of the prompt really has, to the state that
     leaves the block in the full model. The windows are ranked by a profile; for the best of them, as many as
     ``config.search.shortlist``, maps are fitted, and the window whose continuations are closest to those of the full
     model is returned. Half of the continuations repeat the prompt, because perplexity hides whether a model still reads
-    its prompt. The model does not change.
+    its prompt. With ``config.distillation`` the maps of the chosen window are then trained by the divergence of
+    continuations of the calibration text: every second batch continues the text at a random position, the others repeat
+    the first half of each sequence. The model does not change.
 
     Parameters
     ----------
@@ -111,10 +122,14 @@ def fit_prompt_skip(
     blocks : int or range
         Number of consecutive blocks to skip, or the blocks.
     config : CompressionConfig, optional
-        Data, search (`protect` and `shortlist`) and kind of map (`repair`); `remove` is not used. By default
-        ``CompressionConfig()``, with linear maps.
+        Data, search (`protect` and `shortlist`), kind of map (`repair`) and training (`distillation`, `hardware`);
+        `remove` is not used. By default ``CompressionConfig()``, with linear maps and without training.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         Tokenizer for documents.
+    checkpoint_file : str or Path, optional
+        File to resume the training from; see `train`.
+    resume : bool
+        Whether to continue the training from `checkpoint_file`; the closed-form part is computed again.
     **fields
         Fields of `CompressionConfig` (except `data`) that override those of `config`.
 
@@ -127,7 +142,7 @@ def fit_prompt_skip(
     UnsupportedSurgery
         If no window of this length can be skipped; see `PromptSkip`.
     StreamlineError
-        If the arguments are invalid, the kind of map is no module, the config has a distillation, or there are several
+        If the arguments are invalid, the kind of map is no module, the config heals blocks, or there are several
         processes.
 
     Notes
@@ -177,14 +192,28 @@ def fit_prompt_skip(
             f"skip       {describe_blocks(candidate.window)}: KL {candidate.kl['text']:.4f} nats per token of text, "
             f"{candidate.kl['repeated']:.4f} of repeated text"
         )
-    return min(compared, key=lambda candidate: candidate.distance)
+    best = min(compared, key=lambda candidate: candidate.distance)
+    if config.distillation is None:
+        return best
+    student = PromptSkipStudent(model, best.window, best.maps, stack=stack.path)
+    training = train(
+        student,
+        list(_training_batches(ready.training, config.seed)),
+        [batch for _, batch in _continuations(ready.validation)],
+        config.distillation.seeded(config.seed),
+        hardware=config.hardware,
+        checkpoint_file=checkpoint_file,
+        resume=resume,
+    )
+    (trained,) = _compared(ready, [replace(best, maps=tuple(m and m.eval() for m in best.maps), training=training)])
+    return trained
 
 
 def _check_config(config: CompressionConfig) -> None:
-    if config.distillation is not None:
+    if config.healing is not None or config.rounds > 1 or config.train_until is not None:
         raise StreamlineError(
-            "fit_prompt_skip: the config has a distillation. Expected closed-form maps. Leave it out; the maps of the "
-            "result are modules, which your own loop can train."
+            "fit_prompt_skip: the config has healing, several rounds or train_until. Expected none of them, because "
+            "no block is removed. Leave them out."
         )
     if config.repair.slots or config.repair.fit is not None:
         raise StreamlineError(
@@ -241,19 +270,21 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
     """Measure the KL divergence of the continuations with each window."""
     sums: list[dict[Continuation, float]] = [{"text": 0.0, "repeated": 0.0} for _ in fitted]
     tokens: dict[Continuation, int] = {"text": 0, "repeated": 0}
-    continuations = list(_continuations(ready.verification, device_of(ready.stack.model)))
-    total = sum(int(inputs["attention_mask"].sum()) for _, inputs, *_ in continuations)
+    continuations = list(_continuations(ready.verification))
+    total = sum(int(batch["attention_mask"].sum()) for _, batch in continuations)
     model = ready.stack.model
     skips = [PromptSkip(model, c.window, c.maps, stack=ready.stack.path, probe=False) for c in fitted]
     with inference(model), progress_bar(total * (1 + len(fitted)), "compare") as bar:
-        for kind, inputs, prompt, scored in continuations:
-            real = int(inputs["attention_mask"].sum())
+        for kind, batch in continuations:
+            prompt, mask = prompt_of(batch), batch["attention_mask"]
+            scored = mask.bool() & ~prompt
+            inputs = prepare_inputs(model, {"input_ids": batch["input_ids"], "attention_mask": mask})
             reference = model(**inputs).logits[scored].float().log_softmax(dim=-1)
-            bar.update(real)
+            bar.update(int(mask.sum()))
             for skip, nats in zip(skips, sums, strict=True):
                 with skip, skip.marked(prompt):
                     nats[kind] += summed_kl(reference, model(**inputs).logits[scored])
-                bar.update(real)
+                bar.update(int(mask.sum()))
             tokens[kind] += len(reference)
     return [
         replace(candidate, kl={kind: value / tokens[kind] for kind, value in nats.items()})
@@ -261,26 +292,43 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
     ]
 
 
-def _continuations(
-    batches: Sequence[Batch | Tensor], device: torch.device
-) -> Iterator[tuple[Continuation, dict[str, Tensor], Tensor, Tensor]]:
-    """Yield inputs, whose first half is the prompt, with the masks of skipped and of compared tokens."""
+def _continuations(batches: Sequence[Batch | Tensor]) -> Iterator[tuple[Continuation, dict[str, Tensor]]]:
+    """Yield each batch twice, continued from half of its text and repeating this half."""
     for batch in batches:
-        ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-        mask = None if isinstance(batch, Tensor) else padding_mask(batch)
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        rows = [row[keep] for row, keep in zip(ids, real, strict=True)]
+        rows = _real_rows(batch)
         halves = [row[: len(row) // 2] for row in rows]
-        repeated = [torch.cat([half, half]) for half in halves]
-        yield _continuation("text", rows, device)
-        yield _continuation("repeated", repeated, device)
+        yield "text", _continuation(rows, [len(half) for half in halves])
+        yield "repeated", _repeated(halves)
 
 
-def _continuation(
-    kind: Continuation, sequences: Sequence[Tensor], device: torch.device
-) -> tuple[Continuation, dict[str, Tensor], Tensor, Tensor]:
-    ids = pad_sequence(list(sequences), batch_first=True).to(device)
+def _training_batches(batches: Sequence[Batch | Tensor], seed: int) -> Iterator[dict[str, Tensor]]:
+    """Yield each batch once: continued from a random position, or repeating its first half."""
+    generator = torch.Generator().manual_seed(seed)
+    for number, batch in enumerate(batches):
+        rows = _real_rows(batch)
+        if number % 2:
+            yield _repeated([row[: len(row) // 2] for row in rows])
+        else:
+            shares = torch.rand(len(rows), generator=generator).mul(1 - 2 * _LEAST).add(_LEAST).tolist()
+            yield _continuation(rows, [int(len(row) * share) for row, share in zip(rows, shares, strict=True)])
+
+
+def _real_rows(batch: Batch | Tensor) -> list[Tensor]:
+    """Return the tokens of each sequence without padding."""
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    mask = None if isinstance(batch, Tensor) else padding_mask(batch)
+    return list(ids) if mask is None else [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
+
+
+def _repeated(halves: Sequence[Tensor]) -> dict[str, Tensor]:
+    return _continuation([torch.cat([half, half]) for half in halves], [len(half) for half in halves])
+
+
+def _continuation(sequences: Sequence[Tensor], prompts: Sequence[int]) -> dict[str, Tensor]:
+    """Return a padded batch whose labels are those after the first tokens of each sequence."""
+    ids = pad_sequence(list(sequences), batch_first=True)
     lengths = torch.tensor([len(row) for row in sequences], device=ids.device)[:, None]
-    position = torch.arange(ids.shape[1], device=ids.device)
-    real, last = position < lengths, lengths // 2 - 1  # the last token of the prompt predicts the continuation
-    return kind, {"input_ids": ids, "attention_mask": real.long()}, real & (position < last), real & (position >= last)
+    position, start = torch.arange(ids.shape[1], device=ids.device), torch.tensor(prompts, device=ids.device)[:, None]
+    real = position < lengths
+    labels = ids.masked_fill(~real | (position < start), IGNORE_INDEX)
+    return {"input_ids": ids, "attention_mask": real.long(), "labels": labels}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.core import (
+    Batch,
     StreamlineError,
     UnsupportedSurgery,
     describe_blocks,
@@ -30,6 +31,7 @@ from streamline_hooks.surgery.commit import commit_surgery
 from streamline_hooks.surgery.layout import checked_window
 from streamline_hooks.surgery.plan import Slot, SurgeryPlan
 from streamline_hooks.surgery.prompt_skip_probe import learn_and_verify
+from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.save_guard import saved_model_depth, transformers_ancestors
 from streamline_hooks.surgery.session import mark_skipping, refuse_committed_skip, refuse_open_surgery
 from streamline_hooks.surgery.skipped_block import (
@@ -256,6 +258,50 @@ class PromptSkip:
         self._prepare()
         with self._marking(tokens):
             yield
+
+    def resume(self, states: Tensor, batch: Batch | Tensor, tokens: Tensor) -> Any:
+        """Run the model from the window to its output, and skip the window for the marked tokens.
+
+        The blocks before the window do not run, so that a training loop computes their states once.
+
+        Parameters
+        ----------
+        states : torch.Tensor
+            State that enters the window, (batch, tokens, features).
+        batch : mapping or torch.Tensor
+            Input of the model's forward; see `resume`.
+        tokens : torch.Tensor
+            The tokens that skip, as for `marked`.
+
+        Returns
+        -------
+        Any
+            Output of the model's forward.
+
+        Raises
+        ------
+        StreamlineError
+            If the PromptSkip is open or committed, where the model has no surgeon.
+
+        Examples
+        --------
+        >>> from streamline_hooks import HiddenStateRecorder
+        >>> from streamline_hooks.testing import tiny_model
+        >>> model, ids, tokens = tiny_model("llama"), torch.tensor([[3, 4, 5]]), torch.tensor([[True, True, False]])
+        >>> with torch.no_grad(), HiddenStateRecorder(model, blocks=[6]) as record:
+        ...     _ = model(ids)
+        ...     logits = PromptSkip(model, range(6, 8)).resume(record.inputs[6][0], ids, tokens).logits
+        >>> logits.shape
+        torch.Size([1, 3, 64])
+        """
+        if self._is_open or self._is_committed:
+            raise StreamlineError(
+                "PromptSkip.resume was called inside the with statement or after commit. Expected a closed PromptSkip. "
+                "Create one for training, and open another one to generate."
+            )
+        with ExitStack() as undo, self._marking(tokens):
+            self._install(undo)
+            return resume(self.model, self.window.start, states, batch, stack=self.stack.path)
 
     @contextmanager
     def _marking(self, tokens: Tensor) -> Iterator[None]:

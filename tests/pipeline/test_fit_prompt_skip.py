@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from streamline_hooks import DistillationConfig, LinearConfig, StreamlineError, UnsupportedSurgery
+from streamline_hooks import DistillationConfig, HealingConfig, LinearConfig, StreamlineError, UnsupportedSurgery
 from streamline_hooks.modeling import kl_by_token
 from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
 from streamline_hooks.repair import BlockConfig, FoldedConfig
@@ -94,6 +95,52 @@ def test_the_chosen_window_is_the_closest_of_all() -> None:
     assert chosen.window == best.window and chosen.distance == pytest.approx(best.distance, rel=1e-4)
 
 
+def weights_of(fitted: FittedPromptSkip) -> list[torch.Tensor]:
+    return [p.detach().clone() for module in fitted.maps if module is not None for p in module.parameters()]
+
+
+def test_training_starts_from_the_closed_form_and_lowers_both_divergences(tmp_path: Path) -> None:
+    model, every = tiny_model("llama"), batches(40)
+    solved = fit_prompt_skip(model, every, range(3, 6))
+    run = {"distillation": DistillationConfig(epochs=4, validations=4), "checkpoint_file": tmp_path / "training"}
+    trained = fit_prompt_skip(model, every, range(3, 6), **run)
+    assert trained.training is not None and trained.training.tokens > 1000 and trained.window == solved.window
+    assert all(trained.kl[name] < solved.kl[name] for name in ("text", "repeated")) and solved.training is None
+    again = fit_prompt_skip(model, every, range(3, 6), resume=True, **run)  # the run is complete
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(again), weights_of(trained), strict=True))
+    other = fit_prompt_skip(model, every, range(3, 6), seed=1, distillation=run["distillation"])
+    assert not any(torch.equal(a, b) for a, b in zip(weights_of(other), weights_of(trained), strict=True))
+    assert all(module is None or not module.training for module in trained.maps)
+
+
+class Prompts:
+    """Records the numbers of tokens that skip, of each forward pass of a training step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.marks: list[torch.Tensor] = []
+        self.ids: list[torch.Tensor] = []
+        resume = PromptSkip.resume
+
+        def recorded(skip: PromptSkip, states: Any, batch: Any, tokens: torch.Tensor) -> Any:
+            if torch.is_grad_enabled():
+                self.marks.append(tokens.sum(dim=1))
+                self.ids.append(batch["input_ids"])
+            return resume(skip, states, batch, tokens)
+
+        monkeypatch.setattr(PromptSkip, "resume", recorded)
+
+
+def test_training_alternates_text_and_repeated_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    prompts = Prompts(monkeypatch)
+    fit_prompt_skip(model, batches(40), range(3, 6), distillation=DistillationConfig(validations=1))
+    repeated = [bool((ids[:, :8] == ids[:, 8:]).all()) for ids in prompts.ids]
+    assert abs(sum(repeated) - len(repeated) / 2) <= 1 and len(repeated) > 10
+    of_text = torch.cat([m for m, same in zip(prompts.marks, repeated, strict=True) if not same])
+    assert 3 <= int(of_text.min()) < int(of_text.max()) <= 11  # a quarter to three quarters, without the last token
+    assert all(bool((m == 7).all()) for m, same in zip(prompts.marks, repeated, strict=True) if same)
+
+
 def test_protected_blocks_run_and_the_shortlist_limits_the_windows() -> None:
     model, every = tiny_model("llama"), batches()
     chosen = fit_prompt_skip(model, every, 3, search=WindowSearch(protect=(4,)))
@@ -116,7 +163,8 @@ REFUSED = {
     "outside": (range(6, 9), {}, "from 0 to 7"),
     "a block": (3, {"repair": BlockConfig()}, "LinearConfig"),
     "folded": (3, {"repair": FoldedConfig()}, "LinearConfig"),
-    "trained": (3, {"distillation": DistillationConfig()}, "distillation"),
+    "healed": (3, {"distillation": DistillationConfig(), "healing": HealingConfig()}, "healing"),
+    "loss on states": (3, {"distillation": DistillationConfig(loss={"mse": 1.0})}, "Use kl"),
     "unknown field": (3, {"repairs": None}, "repairs"),
 }
 

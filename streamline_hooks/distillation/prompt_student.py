@@ -1,0 +1,158 @@
+"""The student whose prompts skip blocks: the maps that estimate the skipped states are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from streamline_hooks.core import IGNORE_INDEX, Batch, StreamlineError, padding_mask, validate_arguments
+from streamline_hooks.distillation.student import Student
+from streamline_hooks.modeling import Task
+from streamline_hooks.surgery import PromptSkip, resume
+
+
+@dataclass(frozen=True)
+class _Continuation(Task):
+    """A causal language model whose answers are those of the tokens that do not belong to the prompt."""
+
+    name: str = "causal-lm"
+
+    def answer_mask(self, batch: Batch | Tensor) -> Tensor:
+        return _real_tokens(batch) & ~prompt_of(batch)
+
+
+class PromptSkipStudent(Student):
+    """A model whose prompts skip a window of blocks, for `train`.
+
+    The maps are trained in place, and the model does not change. In a training step the tokens of a prompt skip the
+    window, the others run every block, and their answers are compared with those of the full model. As usual in
+    fine-tuning, the labels of a batch are -100 at its prompt.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model.
+    window : range
+        The blocks that prompts skip.
+    maps : sequence of torch.nn.Module or None
+        For each block, the map from the state that enters the window to an estimate of the state that leaves the block;
+        see `PromptSkip`.
+    stack : str, optional
+        Path of the block stack, see `find_stack`.
+
+    Raises
+    ------
+    UnsupportedSurgery
+        If prompts cannot skip the window; see `PromptSkip`.
+    StreamlineError
+        If there is no map to train, or a map shares weights with the model.
+
+    Notes
+    -----
+    Keys and values of the skipped blocks stay linear functions of their normalized estimated states, with the weights
+    of the model. Training these projections for prompts would add nothing to a map of full rank in front of them: a
+    product of two matrices can already be any matrix of the second's shape if the second has full rank.
+
+    Examples
+    --------
+    >>> from streamline_hooks.replacements import LinearReplacement
+    >>> from streamline_hooks.testing import tiny_model
+    >>> from streamline_hooks.distillation import DistillationConfig, train
+    >>> student = PromptSkipStudent(tiny_model("llama"), range(6, 8), [LinearReplacement(32), None])
+    >>> ids = torch.arange(3, 23).view(2, 10)
+    >>> batches = [{"input_ids": ids, "labels": ids.masked_fill(torch.arange(10) < 5, -100)}]
+    >>> train(student, batches, batches, DistillationConfig(validations=1)).tokens
+    20
+    """
+
+    compares_states: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        window: range,
+        maps: Sequence[nn.Module | None],
+        *,
+        stack: str | None = None,
+    ) -> None:
+        self.skip = PromptSkip(model, window, maps, stack=stack)
+        self._maps = nn.ModuleList(module for module in maps if module is not None)
+        if not any(True for _ in self._maps.parameters()):
+            raise StreamlineError(
+                "PromptSkipStudent: there is no parameter to train. Expected a map with parameters for at least one "
+                "block. Fit the maps with fit_prompt_skip."
+            )
+        super().__init__(model, [(window, self._maps)], stack=stack, task=_Continuation())
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Set the mode of the maps; the model skips blocks only inside `run`."""
+        self.modules = {"maps": [self._maps.train(self.training)]}
+        yield
+
+    def run(self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool) -> tuple[Any, list[Tensor]]:
+        """Run the model from the window on the states that enter it, (batch, tokens, features)."""
+        with self.applied():
+            return self.skip.resume(entrance.clone(), _without_labels(batch), prompt_of(batch)), []
+
+    def original_answers(self, exit_: Tensor | None, batch: Batch | Tensor) -> Tensor:
+        """Return the answers of the full model for outputs of its last block, without a graph."""
+        assert exit_ is not None
+        with torch.no_grad():
+            output = resume(self.model, len(self.stack), exit_.clone(), _without_labels(batch), stack=self.stack.path)
+        return self.task.answers(output, batch)
+
+
+@validate_arguments()
+def prompt_of(batch: Batch | Tensor) -> Tensor:
+    """Return which tokens of a batch belong to its prompt and may skip blocks.
+
+    These are the tokens that are followed by a token without label. The last token of a prompt is not one of them,
+    because it predicts the first token after it.
+
+    Parameters
+    ----------
+    batch : mapping
+        ``input_ids`` and ``labels``, (batch, tokens), with the label -100 at the prompt and at padding.
+
+    Returns
+    -------
+    torch.Tensor
+        Boolean mask, (batch, tokens), of real tokens.
+
+    Raises
+    ------
+    StreamlineError
+        If the batch has no labels.
+
+    Examples
+    --------
+    >>> prompt_of({"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])})
+    tensor([[ True,  True, False, False]])
+    """
+    labels = None if isinstance(batch, Tensor) else batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        raise StreamlineError(
+            "The batch has no labels of shape (batch, tokens), which separate its prompt from its continuation. "
+            f"Expected input_ids and labels, with the label {IGNORE_INDEX} at the prompt. Add them."
+        )
+    real, prompt = _real_tokens(batch), torch.zeros_like(labels, dtype=torch.bool)
+    prompt[:, :-1] = real[:, :-1] & real[:, 1:] & (labels[:, 1:] == IGNORE_INDEX)
+    return prompt
+
+
+def _real_tokens(batch: Batch | Tensor) -> Tensor:
+    """Return the mask of the tokens of a batch that are not padding, (batch, tokens)."""
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    mask = None if isinstance(batch, Tensor) else padding_mask(batch)
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _without_labels(batch: Batch | Tensor) -> Batch | Tensor:
+    """Leave out the labels, for which the model would compute a loss."""
+    return batch if isinstance(batch, Tensor) else {name: value for name, value in batch.items() if name != "labels"}
