@@ -152,10 +152,11 @@ bench-scale: $(VENV)/.stamp-bench ## Compress three billion random weights, one 
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plan
 
-bench-depth: $(VENV)/.stamp-bench ## Run at several depths, draft with a smaller depth, and skip blocks for prompts (an hour on two cores)
+bench-depth: $(VENV)/.stamp-bench ## Run at several depths, draft with a smaller depth, and skip blocks for prompts (two hours on two cores)
 	$(BIN)/python -m benchmarks.elastic
 	$(BIN)/python -m benchmarks.self_speculation
 	$(BIN)/python -m benchmarks.prompt_skip
+	$(BIN)/python -m benchmarks.depth_sweep
 
 # The encoders come inside Python packages, whose own dependencies are large and not used here.
 bench-tasks: $(VENV)/.stamp-bench ## Shorten a text encoder, a vision encoder and a classifier (half an hour on two cores)

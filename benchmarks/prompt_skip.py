@@ -30,11 +30,12 @@ from benchmarks.generation_scores import AT_ONCE, bits
 from benchmarks.heldout_pieces import last_words
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import write
-from benchmarks.real_text import RESULTS, arguments, split_of
+from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
 from benchmarks.short_answers import answer_tokens, fast_products, problems_of
 from benchmarks.timing import machine
 from streamline_hooks import DistillationConfig, LayerSurgeon
 from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import split_into_batches
 from streamline_hooks.evaluation import ANSWER_STOP, TextGenerationConfig, generate_texts, solve_problems
 from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
 from streamline_hooks.repair import LinearConfig, fit_windows, insert_replacement
@@ -43,7 +44,7 @@ from streamline_hooks.surgery import PromptSkip
 FILE = RESULTS / "prompt_skip.json"
 TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens": 4_096}
 SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
-TIMED_TOKENS = 512
+TIMED_TOKENS, TIMED_IDS = 512, (3, 40_000)
 VARIANTS = {
     "trained": "skipped, with trained maps",
     "fitted": "skipped, with maps",
@@ -161,7 +162,7 @@ def removed(model: Any, window: range, split: Any, repair: bool) -> Iterator[Any
     changed = copy.deepcopy(model)
     with LayerSurgeon(changed) as surgeon:
         if repair:
-            batches = split.batches("calibration"), split.batches("validation")
+            batches = (split_into_batches(part, BATCH) for part in (split.calibration, split.validation))
             (fit,) = fit_windows(changed, [window], LinearConfig(), *batches)
             insert_replacement(surgeon, window, fit.replacement_module)
         else:
@@ -172,7 +173,7 @@ def removed(model: Any, window: range, split: Any, repair: bool) -> Iterator[Any
 @torch.no_grad()
 def prefill_ratio(model: Any, variant: _Skipping, rounds: int) -> float:
     """Return the median time of a prompt with skipped blocks divided by that of the original."""
-    ids = torch.randint(3, 40_000, (1, TIMED_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(*TIMED_IDS, (1, TIMED_TOKENS), generator=torch.Generator().manual_seed(0))
     seconds: dict[bool, list[float]] = {True: [], False: []}
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
     with variant():

@@ -45,7 +45,7 @@ SHAPES = {
     "100m": (768, 2048, 10, 12, 4, 16_000, True),
     "small": (96, 256, 28, 6, 2, 4096, True),
 }
-BOUND, STATES = 2.5e9, 2**28
+BOUND, STATES = 2.0e9, 2**28
 _SPREAD = 0.02
 
 
@@ -203,7 +203,10 @@ def compress_step(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer=tokenizer,
         output=options.folder / f"{options.shape}_short",
         options=RunOptions(overwrite=True),
-        blockwise=BlockwiseOptions(work_folder=options.folder / f"{options.shape}_work"),
+        blockwise=BlockwiseOptions(
+            work_folder=options.folder / f"{options.shape}_work",
+            max_shard_size="250MB",  # one block; the blocks of a file are in memory together
+        ),
     )
     return {
         "seconds": time.perf_counter() - started,

@@ -3,9 +3,10 @@
     python -m benchmarks.targets [--repeats 3]
 
 For each target the original is compressed by the fewest blocks that meet it, without replacement or with a linear map.
-The value is predicted before and measured after the compression. Times need an idle machine. Each target is measured
-several times, and the largest relative error must be at most 5 %. The results are saved to
-``benchmarks/results/targets.json`` and ``.md``.
+The value is predicted before and measured after the compression. Times need an idle machine. The speed of a shared
+machine drifts between prediction and measurement, so for a target in seconds the compressed model is timed again in
+alternation with the original, and the error is that of their ratio. Each target is measured several times, and the
+largest relative error must be at most 5 %. The results are saved to ``benchmarks/results/targets.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from streamline_hooks.data import read_documents
 from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.pipeline import EvaluationConfig
 from streamline_hooks.repair import NoneConfig
-from streamline_hooks.selection import TARGET_TOLERANCE, WindowSearch
+from streamline_hooks.selection import TARGET_TOLERANCE, TargetOutcome, WindowSearch
 
 DATA = DataConfig(sequence_length=128, calibration_tokens=4_096, validation_tokens=512, test_tokens=512)
 REPAIRS = (NoneConfig(), LinearConfig())
@@ -51,21 +52,23 @@ def main() -> None:
                 )
                 result = compress(model, texts, config, tokenizer=tokenizer)
                 assert result.target is not None
-                rows.append(
-                    {
-                        "repeat": repeat,
-                        "repair": str(repair),
-                        "unit": target.unit,
-                        "removed": len(result.plan.removed),
-                        **result.target.to_dict(),
-                    }
-                )
-                print(repair, result.target, flush=True)
+                row = {
+                    "repeat": repeat,
+                    "repair": str(repair),
+                    "unit": target.unit,
+                    "removed": len(result.plan.removed),
+                    **result.target.to_dict(),
+                }
+                row["error"] = row["relative_error"]
+                if target.unit == "seconds_per_token":
+                    row |= in_alternation(model, result.target)
+                rows.append(row)
+                print(repair, result.target, f"error {row['error']:+.1%}", flush=True)
     content = {
         "command": f"python -m benchmarks.targets --repeats {options.repeats}",
         "machine": machine(),
         "rows": rows,
-        "largest_error": max(abs(row["relative_error"]) for row in rows),
+        "largest_error": max(abs(row["error"]) for row in rows),
     }
     (RESULTS / "targets.json").write_text(json.dumps(content, indent=1) + "\n")
     (RESULTS / "targets.md").write_text(table(content))
@@ -74,6 +77,16 @@ def main() -> None:
         raise SystemExit(
             f"The largest error is {content['largest_error']:.1%}. Expected at most {TARGET_TOLERANCE:.0%}."
         )
+
+
+def in_alternation(model: Any, outcome: TargetOutcome) -> dict[str, Any]:
+    """Time the compressed model and the original in alternation; return the ratio and its error."""
+    models = {"original": load_pretrained("smollm2")[0], "compressed": model}
+    speed = measure_speed(models, repeats=9)
+    seconds = {name: speed.seconds(name, "decode").median for name in models}
+    ratio = seconds["compressed"] / seconds["original"]
+    error = ratio / (outcome.predicted / outcome.original) - 1
+    return {"seconds_in_alternation": seconds, "error": error}
 
 
 def targets() -> list[Target]:
@@ -95,7 +108,8 @@ def table(content: dict[str, Any]) -> str:
         "SmolLM2-135M, float32: the fewest of 30 blocks whose removal meets a target, and its value predicted before "
         "and measured after the compression. Prompts of 512 tokens and 16 new tokens, CPU with "
         f"{content['machine']['threads']} threads. The largest error of "
-        f"{1 + max(row['repeat'] for row in content['rows'])} compressions is shown.",
+        f"{1 + max(row['repeat'] for row in content['rows'])} compressions is shown, for seconds that of the "
+        "ratio to the original, timed in alternation.",
         "",
         "| replacement | target | value | blocks removed | original | predicted | measured | error |",
         "|---" * 8 + "|",
@@ -104,12 +118,10 @@ def table(content: dict[str, Any]) -> str:
     for row in content["rows"]:
         groups.setdefault((row["repair"], row["unit"]), []).append(row)
     for (repair, unit), rows in groups.items():
-        row = max(rows, key=lambda repeat: abs(repeat["relative_error"]))
+        row = max(rows, key=lambda repeat: abs(repeat["error"]))
         values = " | ".join(f"{row[name]:.5g}" for name in ("original", "predicted", "measured"))
         removed = ", ".join(map(str, sorted({repeat["removed"] for repeat in rows})))
-        lines.append(
-            f"| {repair} | {unit} | {row['target'][unit]:.5g} | {removed} | {values} | {row['relative_error']:+.1%} |"
-        )
+        lines.append(f"| {repair} | {unit} | {row['target'][unit]:.5g} | {removed} | {values} | {row['error']:+.1%} |")
     return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 

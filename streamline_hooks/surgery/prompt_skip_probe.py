@@ -70,13 +70,15 @@ def _cache_name_of_model(skip: PromptSkip) -> str:
 def _learn(skip: PromptSkip, ids: Tensor, mask: Tensor) -> None:
     """Find the axes of tokens of the arguments of the skipped blocks, in two calls with different numbers of tokens."""
     calls = dict.fromkeys(skip.window, 0)
+    text_config = skip.model.config.get_text_config() if hasattr(skip.model, "config") else None  # type: ignore[union-attr, operator]
+    heads = max(1, int(getattr(text_config, "num_attention_heads", None) or 1))
     with ExitStack() as undo:
         for skipped, k in zip(skip._blocks, skip.window, strict=True):
 
             def learn(block: nn.Module, args: Any, kwargs: Any, skipped: SkippedBlock = skipped, k: int = k) -> None:
                 calls[k] += 1
                 if not skipped.has_axes:
-                    skipped.learn_queries(args, kwargs)
+                    skipped.learn_queries(args, kwargs, heads)
                 skipped.learn_axes(args, kwargs)
 
             undo.callback(skip.stack[k].register_forward_pre_hook(learn, with_kwargs=True).remove)

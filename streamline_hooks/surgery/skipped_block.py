@@ -48,7 +48,7 @@ class SkippedBlock:
         self._signature = inspect.signature(block.forward)
         self._cache_name = cache_name(block)
         self._token_axes: dict[str, list[int]] = {}  # by argument and position in it; at most one
-        self._queries: list[nn.Linear] = []  # modules that keys and values do not depend on
+        self._queries: dict[nn.Linear, int] = {}  # modules that keys and values do not depend on, with a width
 
     def install(self) -> Callable[[], None]:
         """Let the block run this call, and return a function that undoes it."""
@@ -99,11 +99,21 @@ class SkippedBlock:
         run = torch.where(skipped.to(after.device)[:, columns, None], after[:, columns], read_output(output))
         return write_output(output, after.index_copy(1, columns, run.to(after.dtype)))
 
-    def _store_keys(self, keys: KeyStore, values: dict[str, Any], query: float = 0.0) -> None:
+    def _store_keys(self, keys: KeyStore, values: dict[str, Any]) -> None:
         """Run the block until it updates its cache, with a constant in place of its queries."""
+        try:
+            self._run_to_keys(values)
+        except RuntimeError:  # a number of tokens for which one head of queries has no valid shape
+            widths = {module: module.out_features for module in self._queries}
+            if widths == self._queries or keys.stored is not None:
+                raise
+            self._queries = widths
+            self._run_to_keys(values)
+
+    def _run_to_keys(self, values: dict[str, Any], query: float = 0.0) -> None:
         with ExitStack() as undo:
-            for module in self._queries:
-                undo.callback(set_attribute(module, "forward", partial(_constant, module, query)))
+            for module, width in self._queries.items():
+                undo.callback(set_attribute(module, "forward", partial(_constant, width, query)))
             try:
                 self._forward(**values)
             except _KeysStoredError:
@@ -114,7 +124,7 @@ class SkippedBlock:
             "prompt-skip",
         )
 
-    def learn_queries(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def learn_queries(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int) -> None:
         """Find linear modules that run before the cache is updated, but that keys and values do not depend on."""
         values = named_arguments(self._signature, args, kwargs)
         cache = values.get(self._cache_name)
@@ -122,7 +132,7 @@ class SkippedBlock:
         def stored() -> tuple[Tensor, Tensor]:
             keys = values[self._cache_name] = KeyStore(copy.deepcopy(cache))
             # Not zero, which would also leave the keys unchanged behind a module whose weights are zero now.
-            self._store_keys(keys, dict(values), math.nan)
+            self._run_to_keys(dict(values), math.nan)
             assert keys.stored is not None
             return keys.stored
 
@@ -135,11 +145,13 @@ class SkippedBlock:
             for handle in handles:
                 handle.remove()
         for module in called:
-            self._queries.append(module)
-            with suppress(Exception):  # a block that needs the output runs it
-                if all(torch.equal(a, b) for a, b in zip(stored(), expected, strict=True)):
-                    continue
-            self._queries.pop()
+            # One head, if the block accepts that: rotary positions cost as much as a projection.
+            for width in (module.out_features // heads, module.out_features):
+                self._queries[module] = width
+                with suppress(Exception):  # a block that needs the output runs it
+                    if all(torch.equal(a, b) for a, b in zip(stored(), expected, strict=True)):
+                        break
+                del self._queries[module]
 
     def learn_axes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the axis of tokens of each argument: the axis that has their number in all calls of the probe."""
@@ -222,9 +234,9 @@ def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs:
     return bound
 
 
-def _constant(module: nn.Linear, value: float, state: Tensor) -> Tensor:
+def _constant(width: int, value: float, state: Tensor) -> Tensor:
     """Return a constant in place of the output of a linear module, without allocating it."""
-    return state.new_full((), value).expand(*state.shape[:-1], module.out_features)
+    return state.new_full((), value).expand(*state.shape[:-1], width)
 
 
 def cache_name(module: nn.Module) -> str:

@@ -298,6 +298,18 @@ def test_only_the_first_and_last_token_run_the_rest_of_a_skipped_block() -> None
     assert seen == [2, 1, 1]
 
 
+def test_the_queries_of_skipped_tokens_are_one_head_of_zeros() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 12)
+    attention, seen = model.model.layers[3].self_attn, []
+    attention.q_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    with PromptSkip(model, WINDOW, maps()) as skip, skip.marked(prompt_marks({"input_ids": ids})):
+        seen.clear()
+        model(ids)
+    zeros, run = seen
+    assert zeros.shape == (1, 12, attention.head_dim) and not bool(zeros.any())
+    assert run.shape == (1, 2, attention.q_proj.out_features)
+
+
 def test_compiled_calls_equal_the_model_itself() -> None:
     model, ids, estimates = tiny_model("llama"), tokens(1, 7), maps()
     marks = prompt_marks({"input_ids": ids})

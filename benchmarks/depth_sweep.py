@@ -1,0 +1,204 @@
+"""Compare removing blocks, skipping blocks for prompts, and quantized weights, alone and combined, on SmolLM2-135M.
+
+    python -m benchmarks.depth_sweep [--data FOLDER] [--removed 0,4,8] [--skipped 0,5,10]
+        [--weights float32,int8,int4] [--items 60] [--rounds 5]
+
+Removed windows get a linear map, and skipped windows of the shortened model get maps in closed form. Weights of linear
+layers are then quantized, except those of the LM head. A row has the bytes of the saved weights, the times of a prompt
+of 512 tokens and of a further token relative to the original in alternating runs, the KL divergence of continuations
+from those of the original, and the accuracy on synthetic problems of the development draw relative to the original. A
+star marks rows that no other row beats or equals in accuracy, both times and bytes. The rows are saved to
+``benchmarks/results/depth_sweep.json`` and ``.md``, and those that exist are not measured again.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.prompt_skip import TIMED_IDS, TOKENS, Tasks
+from benchmarks.quality_scores import write
+from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
+from benchmarks.timing import machine
+from streamline_hooks import CompressionConfig, Target, compress
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import split_into_batches
+from streamline_hooks.modeling import inference, kl_by_token
+from streamline_hooks.pipeline import EvaluationConfig, FittedPromptSkip, fit_prompt_skip
+
+FILE = RESULTS / "depth_sweep.json"
+TIMED_TOKENS, NEW_TOKENS = 512, 17
+COSTS = ("bytes", "prefill", "decode")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--removed", default="0,4,8", help="numbers of removed blocks")
+    parser.add_argument("--skipped", default="0,5,10", help="numbers of blocks that prompts skip")
+    parser.add_argument("--weights", default=",".join(WEIGHTS))
+    parser.add_argument("--items", type=int, default=60, help="problems of each kind")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of timed runs")
+    options = parser.parse_args()
+    content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
+    content["machine"] = machine()
+    original, tokenizer = load_pretrained("smollm2")
+    split = split_of(options.data, tokenizer, **TOKENS)
+    batches = split_into_batches(split.test, BATCH)
+    measure = Measure(original, batches, Tasks(options.data, tokenizer, options.items, "development"))
+    for removed in map(int, options.removed.split(",")):
+        shortened = None
+        for skipped in map(int, options.skipped.split(",")):
+            fitted = None
+            for weights in options.weights.split(","):
+                key = f"{removed} removed, {skipped} skipped, {weights}, {options.items} items"
+                if key in content["rows"]:
+                    continue
+                if shortened is None:
+                    shortened = without_blocks(original, removed, split, tokenizer)
+                if skipped and fitted is None:
+                    fitted = fit_prompt_skip(shortened, split, skipped, tokenizer=tokenizer)
+                row = measure.row(WEIGHTS[weights](copy.deepcopy(shortened)), fitted, options.rounds)
+                content["rows"][key] = {"removed": removed, "skipped": skipped, "weights": weights, **row}
+                write(FILE, content)
+                FILE.with_suffix(".md").write_text(table(content["rows"]))
+    print(table(content["rows"]))
+
+
+def without_blocks(original: Any, removed: int, split: Any, tokenizer: Any) -> Any:
+    """Return a copy of the model in which a linear map replaces the least important window."""
+    model = copy.deepcopy(original)
+    if removed:
+        evaluation = EvaluationConfig(speed=False, generation=False)
+        config = CompressionConfig(remove=Target(blocks=removed), evaluation=evaluation)
+        compress(model, split, config, tokenizer=tokenizer)
+    return model
+
+
+def _quantized(model: nn.Module, bits: int) -> nn.Module:
+    """Quantize the weights; activations are not, since their scale would depend on the other tokens of a call."""
+    from optimum.quanto import freeze, qint4, qint8, quantize  # type: ignore[import-untyped]
+
+    quantize(model, weights={8: qint8, 4: qint4}[bits], include=_quantized_layers(model))
+    freeze(model)
+    return model
+
+
+def _quantized_layers(model: nn.Module) -> list[str]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+WEIGHTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "float32": lambda model: model,
+    "int8": partial(_quantized, bits=8),
+    "int4": partial(_quantized, bits=4),
+}
+
+
+class Measure:
+    """The original, and the text and problems on which variants are compared with it."""
+
+    def __init__(self, original: Any, batches: Any, tasks: Tasks) -> None:
+        self.original, self.batches, self.tasks = original, batches, tasks
+        self.accuracy = _accuracy(tasks.score(original))
+
+    def row(self, model: Any, fitted: FittedPromptSkip | None, rounds: int) -> dict[str, Any]:
+        """Measure a variant."""
+        skip = None if fitted is None else fitted.open(model)
+        opened: AbstractContextManager[Any] = nullcontext() if skip is None else skip
+        with opened:
+            accuracy = _accuracy(self.tasks.score(model))
+            kl = {kind: self.divergence(model, skip, kind == "repeated") for kind in ("text", "repeated")}
+            prefill, decode = self.times(model, rounds)
+        maps = [] if fitted is None else [module for module in fitted.maps if module is not None]
+        return {
+            "window": None if fitted is None else [fitted.window.start, fitted.window.stop],
+            "bytes": saved_bytes(model) + (saved_bytes(nn.ModuleList(maps)) if maps else 0),
+            "prefill": prefill,
+            "decode": decode,
+            "kl": kl,
+            "accuracy": accuracy / self.accuracy,
+        }
+
+    def divergence(self, model: Any, skip: Any, repeated: bool) -> float:
+        """Return the mean KL divergence of the second half of each sequence, whose first half is the prompt."""
+        nats: list[Tensor] = []
+        with inference(self.original), inference(model):
+            for batch in self.batches:
+                ids = batch["input_ids"]
+                half = ids.shape[1] // 2
+                if repeated:
+                    ids = ids[:, :half].repeat(1, 2)
+                prompt = (torch.arange(ids.shape[1]) < half - 1).expand(ids.shape)
+                reference = self.original(ids).logits[:, half - 1 :].float().log_softmax(dim=-1)
+                with nullcontext() if skip is None else skip.marked(prompt):
+                    nats.append(kl_by_token(reference, model(ids).logits[:, half - 1 :]).flatten())
+        return float(torch.cat(nats).mean())
+
+    def times(self, model: Any, rounds: int) -> tuple[float, float]:
+        """Return the times of a prompt and of a further token, as medians of the ratios to the original."""
+        ids = torch.randint(*TIMED_IDS, (1, TIMED_TOKENS), generator=torch.Generator().manual_seed(0))
+        ratios = []
+        for _ in range(rounds + 1):  # the first run is a warm-up
+            (first, both), (own_first, own_both) = (_seconds(m, ids) for m in (model, self.original))
+            ratios.append((first / own_first, (both - first) / (own_both - own_first)))
+        prefill, decode = zip(*ratios[1:], strict=True)
+        return statistics.median(prefill), statistics.median(decode)
+
+
+def _seconds(model: Any, ids: Tensor) -> tuple[float, float]:
+    """Return the seconds of one new token, and of several."""
+    seconds = []
+    for count in (1, NEW_TOKENS):
+        started = time.perf_counter()
+        model.generate(ids, min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        seconds.append(time.perf_counter() - started)
+    return seconds[0], seconds[1]
+
+
+def saved_bytes(module: nn.Module) -> int:
+    """Return the size of the saved weights."""
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    return file.getbuffer().nbytes
+
+
+def _accuracy(bits: dict[str, str]) -> float:
+    """Return the mean accuracy of the tasks."""
+    return statistics.mean(row.count("1") / len(row) for row in bits.values())
+
+
+def is_on_front(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether no other row is at least as good in accuracy and all costs, and better in one."""
+    own = (-row["accuracy"], *(row[cost] for cost in COSTS))
+    others = [(-other["accuracy"], *(other[cost] for cost in COSTS)) for other in rows]
+    return not any(o != own and all(a <= b for a, b in zip(o, own, strict=True)) for o in others)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "| removed | skipped | weights | MB | prompt time | token time | KL text | KL repeated | accuracy |",
+        f"|{'---|' * 9}",
+    ]
+    for row in rows.values():
+        star = " *" if is_on_front(row, list(rows.values())) else ""
+        cells = [row["removed"], row["skipped"], row["weights"], f"{row['bytes'] / 1e6:.0f}"]
+        cells += [f"{row['prefill']:.2f}", f"{row['decode']:.2f}"]
+        cells += [f"{row['kl'][kind]:.3f}" for kind in ("text", "repeated")]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['accuracy']:.0%}{star} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()

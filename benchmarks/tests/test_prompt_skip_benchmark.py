@@ -1,0 +1,108 @@
+"""The benchmarks of skipped prompts: a row for each variant, none measured twice, and no held-out text for choices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import depth_sweep, prompt_skip
+from benchmarks.last_words import LastWord
+from benchmarks.small_opt import Recipe, new_model, train_tokenizer
+from streamline_hooks.data import split_documents
+from streamline_hooks.evaluation import Problem
+
+TEXT = "the cat sleeps under a green house near seven small apples while rain falls over the old garden"
+ENDS = [LastWord("the cat sleeps under a green", " house", "garden")] * 2
+PROBLEMS = {"copying": [Problem("seven small", " apples")] * 2}
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
+    """Let the benchmark use a small model and little text."""
+    texts = [f"{TEXT[k:]} {TEXT}" for k in range(60)]
+    tokenizer = train_tokenizer(texts, 300)
+    torch.manual_seed(0)
+    small = new_model(Recipe(width=64, blocks=4, heads=2, vocabulary=300, sequence=1024)).eval()
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    split = split_documents(
+        texts, tokenizer, sequence_length=16, calibration_tokens=320, validation_tokens=64, test_tokens=64
+    )
+    for module in (prompt_skip, depth_sweep):
+        monkeypatch.setattr(module, "load_pretrained", lambda name: (small, tokenizer))
+        monkeypatch.setattr(module, "split_of", lambda *args, **options: split)
+        monkeypatch.setattr(module, "TIMED_IDS", (3, 300))
+        monkeypatch.setattr(module, "TIMED_TOKENS", 24)
+        monkeypatch.setattr(module, "FILE", tmp_path / f"{module.__name__}.json")
+    monkeypatch.setattr(prompt_skip, "problems_of", lambda *args: PROBLEMS)
+    monkeypatch.setattr(prompt_skip, "last_words", lambda *args: ENDS)
+    return small
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    words = ["prompt_skip", "--data", ".", "--windows", "2-3", "--items", "2", "--rounds", "1", *arguments]
+    monkeypatch.setattr("sys.argv", words)
+    prompt_skip.main()
+    rows: dict[str, Any] = json.loads(prompt_skip.FILE.read_text())["rows"]
+    return rows
+
+
+def test_each_variant_has_a_row_and_is_measured_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = run(monkeypatch, "--draw", "0")
+    names = [row["name"].partition(" (")[0] for row in rows.values()]
+    assert names == ["original", *(f"2-3, {name}" for name in prompt_skip.VARIANTS.values())]
+    assert all(set(row["tasks"]) == {"copying", "last word"} for row in rows.values())
+    trained, fitted, skipped, *removed = list(rows.values())[1:]
+    assert trained["training"]["tokens"] > 0 and trained["kl"]["text"] <= fitted["kl"]["text"]
+    assert all(row["prefill"] > 0 for row in (trained, fitted, skipped))
+    assert not any("prefill" in row for row in removed)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "generate" not in vars(model)
+    assert "| 2-3, removed |" in prompt_skip.FILE.with_suffix(".md").read_text()
+    monkeypatch.setattr(prompt_skip, "fit_prompt_skip", None)  # not called again
+    assert run(monkeypatch, "--draw", "0") == rows
+
+
+@pytest.mark.usefixtures("model")
+def test_choices_are_made_without_heldout_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_skip, "last_words", None)
+    rows = run(monkeypatch, "--draw", "development", "--variants", "fitted")
+    assert [set(row["tasks"]) for row in rows.values()] == [{"copying"}, {"copying"}]
+
+
+def test_the_sweep_combines_removal_skipping_and_quantization(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(depth_sweep, "NEW_TOKENS", 3)
+    monkeypatch.setattr(depth_sweep.Tasks, "score", lambda tasks, model: {"copying": "11"})
+    words = ["--data", ".", "--removed", "0,1", "--skipped", "0,2", "--items", "2", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["depth_sweep", *words])
+    depth_sweep.main()
+    rows = list(json.loads(depth_sweep.FILE.read_text())["rows"].values())
+    assert [(row["removed"], row["skipped"], row["weights"]) for row in rows] == [
+        (removed, skipped, weights)
+        for removed in (0, 1)
+        for skipped in (0, 2)
+        for weights in ("float32", "int8", "int4")
+    ]
+    original, int8, int4 = rows[:3]
+    assert abs(original["kl"]["text"]) < 1e-6 < int8["kl"]["text"] < int4["kl"]["text"]
+    assert original["bytes"] > int8["bytes"] > int4["bytes"]
+    skipped, removed = rows[3], rows[6]
+    assert skipped["bytes"] >= original["bytes"] > removed["bytes"] and skipped["kl"]["repeated"] > 1e-6
+    assert skipped["window"] and not original["window"] and removed["kl"]["text"] > 1e-6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_row_is_on_the_front_unless_another_is_better_in_one_and_worse_in_none() -> None:
+    good = {"accuracy": 0.9, "bytes": 100, "prefill": 0.8, "decode": 0.8}
+    rows = [good, good | {"accuracy": 0.8}, good | {"accuracy": 0.8, "bytes": 90}, dict(good)]
+    assert [depth_sweep.is_on_front(row, rows) for row in rows] == [True, False, True, True]
