@@ -84,7 +84,8 @@ class PromptSkip:
     -----
     Hooks on a skipped block see the states of all tokens. Inside it, modules up to the keys and values are called
     twice, for all tokens and for those that run, and the others once. In the first call, hooks of projections of
-    queries see zeros, of one head if the block accepts that. One thread at a time may generate, or run the model inside `marked`.
+    queries see zeros, of one head if the block accepts that. One thread at a time may generate, or run the model inside
+    `marked`.
 
     Examples
     --------
