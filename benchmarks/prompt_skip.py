@@ -33,7 +33,7 @@ from benchmarks.quality_scores import write
 from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
 from benchmarks.short_answers import answer_tokens, fast_products, problems_of
 from benchmarks.timing import machine
-from streamline_hooks import DistillationConfig, LayerSurgeon
+from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, LayerSurgeon
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.core import split_into_batches
 from streamline_hooks.evaluation import ANSWER_STOP, TextGenerationConfig, generate_texts, solve_problems
@@ -91,7 +91,9 @@ def main() -> None:
             return fit_prompt_skip(model, split, window, tokenizer=tokenizer)
 
         def trained(window: range = window) -> FittedPromptSkip:
-            return fit_prompt_skip(model, more, window, tokenizer=tokenizer, distillation=training)
+            fitting = min(TOKENS["calibration_tokens"], more.calibration.numel())
+            config = CompressionConfig(data=DataConfig(fitting_tokens=fitting), distillation=training)
+            return fit_prompt_skip(model, more, window, config, tokenizer=tokenizer)
 
         def skipping(fit: Callable[[], FittedPromptSkip]) -> dict[str, Any]:
             done = fit()
