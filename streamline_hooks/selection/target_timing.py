@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from statistics import mean
 from typing import Any
 
 from torch import nn
@@ -60,9 +61,11 @@ def fewest_blocks(
 ) -> tuple[int, float, float]:
     """Find the smallest number of removed blocks for which the measured time reaches the target.
 
-    The method is a bisection guided by a line through the measurements. No number is measured twice, so that noise
-    cannot make the search oscillate. Each candidate is timed in alternation with the original, so that the load of the
-    machine affects both equally; seconds are the ratio times the seconds of the original.
+    The method is a bisection guided by a line through the measurements. Each candidate is timed in alternation with the
+    original, so that the load of the machine affects both equally; seconds are the ratio times the seconds of the
+    original. The first number that seems to reach the target is often one whose measurement was too low by chance, so
+    it is measured again, and the mean of both decides. No number is measured three times, so that noise cannot make the
+    search oscillate.
 
     Parameters
     ----------
@@ -76,7 +79,7 @@ def fewest_blocks(
     Returns
     -------
     (int, float, float)
-        The number of blocks, the measured value with this number removed, and the value of the original.
+        The number of blocks, the mean value with this number removed, and the value of the original.
     """
     timer = timer or default_timer(stack.model)
     length, longest, unit = len(stack), max(candidates), 1.0
@@ -92,17 +95,35 @@ def fewest_blocks(
     missing, misses = min(candidates) - 1, 1.0  # replacing blocks by the same number of blocks saves nothing
     reaching, reaches = longest + 1, math.nan
     guess = max(missing + 1, min(longest, missing + math.ceil((1 - target_ratio) * length)))
-    while reaching - missing > 1:
-        spread = _time_without(stack, target, candidates[guess], replacement_module, timer)
+    measured: dict[int, list[float]] = {}
+
+    def time_without(count: int) -> float:
+        spread = _time_without(stack, target, candidates[count], replacement_module, timer)
         phase = "the first token" if target.unit == "latency" else "each further token"
+        again = ", measured again," if count in measured else ","
         logger.info(
-            f"without {guess} of {length} blocks, {phase} takes {spread.median:.3f} of the original's time "
+            f"without {count} of {length} blocks{again} {phase} takes {spread.median:.3f} of the original's time "
             f"({spread.low:.3f} to {spread.high:.3f})"
         )
-        if spread.median <= target_ratio:
-            reaching, reaches = guess, spread.median
-        else:
-            missing, misses = guess, spread.median
+        measured.setdefault(count, []).append(spread.median)
+        return mean(measured[count])
+
+    while True:
+        while reaching - missing > 1:
+            if (value := time_without(guess)) <= target_ratio:
+                reaching, reaches = guess, value
+            else:
+                missing, misses = guess, value
+            guess = _interpolate(target_ratio, missing, misses, reaching, reaches)
+        if reaching > longest or len(measured[reaching]) > 1:
+            break
+        if (value := time_without(reaching)) <= target_ratio:
+            reaches = value
+            break
+        missing, misses = reaching, value
+        larger = [count for count in measured if count > missing]  # each of them reached the target
+        reaching = min(larger, default=longest + 1)
+        reaches = mean(measured[reaching]) if larger else math.nan
         guess = _interpolate(target_ratio, missing, misses, reaching, reaches)
     if reaching > longest:
         seconds = target.unit == "seconds_per_token"
