@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.core import IGNORE_INDEX, Batch, StreamlineError, padding_mask, validate_arguments
 from streamline_hooks.distillation.student import Student
-from streamline_hooks.modeling import Task
+from streamline_hooks.modeling import Task, get_logits
 from streamline_hooks.surgery import PromptSkip, resume
 
 
@@ -31,7 +31,8 @@ class PromptSkipStudent(Student):
 
     The maps are trained in place, and the model does not change. In a training step the tokens of a prompt skip the
     window, the others run every block, and their answers are compared with those of the full model. As usual in
-    fine-tuning, the labels of a batch are -100 at its prompt.
+    fine-tuning, the labels of a batch are -100 at its prompt. Padding needs an ``attention_mask``; without one, every
+    token counts as real.
 
     Parameters
     ----------
@@ -54,9 +55,9 @@ class PromptSkipStudent(Student):
 
     Notes
     -----
-    Keys and values of the skipped blocks stay linear functions of their normalized estimated states, with the weights
-    of the model. Training these projections for prompts would add nothing to a map of full rank in front of them: a
-    product of two matrices can already be any matrix of the second's shape if the second has full rank.
+    The projections of keys and values keep the weights of the model. If keys and values together have at most as many
+    features as the hidden state (grouped-query attention), training these projections for prompts would add little: a
+    map in front of them can already give every linear function of the state, apart from the norm in between.
 
     Examples
     --------
@@ -80,8 +81,12 @@ class PromptSkipStudent(Student):
         *,
         stack: str | None = None,
     ) -> None:
+        for module in maps:
+            if isinstance(module, nn.Module):
+                module.eval()  # for the probe
         self.skip = PromptSkip(model, window, maps, stack=stack)
-        self._maps = nn.ModuleList(module for module in maps if module is not None)
+        named = {str(k): module for k, module in zip(self.skip.window, maps, strict=True) if module is not None}
+        self._maps = nn.ModuleDict(named)  # by block, so that a run is not resumed with the maps of other blocks
         if not any(True for _ in self._maps.parameters()):
             raise StreamlineError(
                 "PromptSkipStudent: there is no parameter to train. Expected a map with parameters for at least one "
@@ -93,12 +98,21 @@ class PromptSkipStudent(Student):
     def applied(self) -> Iterator[None]:
         """Set the mode of the maps; the model skips blocks only inside `run`."""
         self.modules = {"maps": [self._maps.train(self.training)]}
-        yield
+        try:
+            yield
+        finally:
+            self._maps.eval()
 
     def run(self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool) -> tuple[Any, list[Tensor]]:
         """Run the model from the window on the states that enter it, (batch, tokens, features)."""
+        prompt, real = prompt_of(batch), _real_tokens(batch)
         with self.applied():
-            return self.skip.resume(entrance.clone(), _without_labels(batch), prompt_of(batch)), []
+            output = self.skip.resume(entrance.clone(), _without_labels(batch), prompt)
+        first = real & (real.cumsum(dim=1) == 1)
+        if torch.is_grad_enabled() and not bool((prompt & ~first).any()):  # no map ran
+            zero = sum(parameter.sum() * 0 for parameter in self._maps.parameters())
+            return get_logits(output) + zero, []
+        return output, []
 
     def original_answers(self, exit_: Tensor | None, batch: Batch | Tensor) -> Tensor:
         """Return the answers of the full model for outputs of its last block, without a graph."""
@@ -118,7 +132,8 @@ def prompt_of(batch: Batch | Tensor) -> Tensor:
     Parameters
     ----------
     batch : mapping
-        ``input_ids`` and ``labels``, (batch, tokens), with the label -100 at the prompt and at padding.
+        ``input_ids`` and ``labels``, (batch, tokens), with the label -100 at the prompt; with padding also
+        ``attention_mask``.
 
     Returns
     -------

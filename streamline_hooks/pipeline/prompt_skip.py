@@ -168,6 +168,11 @@ def fit_prompt_skip(
         check_field_names(CompressionConfig, fields)
         config = replace(config, **fields)
     _check_config(config)
+    if config.distillation is None and (checkpoint_file is not None or resume):
+        raise StreamlineError(
+            "fit_prompt_skip: checkpoint_file or resume was given without a distillation, so nothing is trained. "
+            "Expected both. Pass distillation=DistillationConfig() as well."
+        )
     stack = find_stack(model, config.stack)
     window = checked_window(blocks, len(stack)) if isinstance(blocks, range) else None
     count = len(blocks) if isinstance(blocks, range) else blocks
@@ -195,6 +200,9 @@ def fit_prompt_skip(
     best = min(compared, key=lambda candidate: candidate.distance)
     if config.distillation is None:
         return best
+    if not any(True for module in best.maps if module is not None for _ in module.parameters()):
+        logger.info("There is no map to train: no other token reads the output of the last block.")
+        return best
     student = PromptSkipStudent(model, best.window, best.maps, stack=stack.path)
     training = train(
         student,
@@ -214,6 +222,11 @@ def _check_config(config: CompressionConfig) -> None:
         raise StreamlineError(
             "fit_prompt_skip: the config has healing, several rounds or train_until. Expected none of them, because "
             "no block is removed. Leave them out."
+        )
+    if config.distillation is not None and config.distillation.objective.needs_states:
+        raise StreamlineError(
+            f"fit_prompt_skip: the loss {config.distillation.objective} compares hidden states, which only some tokens "
+            "have. Expected a loss on outputs. Use kl, reverse_kl or lm."
         )
     if config.repair.slots or config.repair.fit is not None:
         raise StreamlineError(
@@ -271,6 +284,11 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
     sums: list[dict[Continuation, float]] = [{"text": 0.0, "repeated": 0.0} for _ in fitted]
     tokens: dict[Continuation, int] = {"text": 0, "repeated": 0}
     continuations = list(_continuations(ready.verification))
+    if not continuations:
+        raise StreamlineError(
+            "fit_prompt_skip: no validation sequence has two tokens, a prompt and a continuation. Expected longer "
+            "ones. Pass more or longer texts."
+        )
     total = sum(int(batch["attention_mask"].sum()) for _, batch in continuations)
     model = ready.stack.model
     skips = [PromptSkip(model, c.window, c.maps, stack=ready.stack.path, probe=False) for c in fitted]
@@ -295,7 +313,8 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
 def _continuations(batches: Sequence[Batch | Tensor]) -> Iterator[tuple[Continuation, dict[str, Tensor]]]:
     """Yield each batch twice, continued from half of its text and repeating this half."""
     for batch in batches:
-        rows = _real_rows(batch)
+        if not (rows := _real_rows(batch)):
+            continue
         halves = [row[: len(row) // 2] for row in rows]
         yield "text", _continuation(rows, [len(half) for half in halves])
         yield "repeated", _repeated(halves)
@@ -305,7 +324,8 @@ def _training_batches(batches: Sequence[Batch | Tensor], seed: int) -> Iterator[
     """Yield each batch once: continued from a random position, or repeating its first half."""
     generator = torch.Generator().manual_seed(seed)
     for number, batch in enumerate(batches):
-        rows = _real_rows(batch)
+        if not (rows := _real_rows(batch)):
+            continue
         if number % 2:
             yield _repeated([row[: len(row) // 2] for row in rows])
         else:
@@ -314,10 +334,11 @@ def _training_batches(batches: Sequence[Batch | Tensor], seed: int) -> Iterator[
 
 
 def _real_rows(batch: Batch | Tensor) -> list[Tensor]:
-    """Return the tokens of each sequence without padding."""
+    """Return the tokens of each sequence without padding, if there are at least two."""
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     mask = None if isinstance(batch, Tensor) else padding_mask(batch)
-    return list(ids) if mask is None else [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
+    rows = list(ids) if mask is None else [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
+    return [row for row in rows if len(row) > 1]
 
 
 def _repeated(halves: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def fewest_blocks(
             else:
                 missing, misses = guess, value
             guess = _interpolate(target_ratio, missing, misses, reaching, reaches)
-        if reaching > longest or len(measured[reaching]) > 1:
+        if reaching > longest:
             break
         if (value := time_without(reaching)) <= target_ratio:
             reaches = value

@@ -282,7 +282,7 @@ class PromptSkip:
         Raises
         ------
         StreamlineError
-            If the PromptSkip is open or committed, where the model has no surgeon.
+            If the PromptSkip is open or committed, or a surgeon is open on the model.
 
         Examples
         --------
@@ -300,6 +300,7 @@ class PromptSkip:
                 "PromptSkip.resume was called inside the with statement or after commit. Expected a closed PromptSkip. "
                 "Create one for training, and open another one to generate."
             )
+        refuse_open_surgery(self.stack, "PromptSkip.resume")
         with ExitStack() as undo, self._marking(tokens):
             self._install(undo)
             return resume(self.model, self.window.start, states, batch, stack=self.stack.path)
@@ -419,8 +420,8 @@ class PromptSkip:
         map_ = self.maps[number]
         if map_ is None:
             return state
-        device = next((p.device for p in map_.parameters()), boundary.device)
-        estimate: Tensor = map_(boundary.to(device))
+        weight = next((p for p in map_.parameters() if p.is_floating_point()), boundary)
+        estimate: Tensor = map_(boundary.to(weight))
         return estimate.to(state)
 
 

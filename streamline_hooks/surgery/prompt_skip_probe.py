@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.core import StreamlineError, UnsupportedSurgery, describe_blocks, device_of
-from streamline_hooks.modeling import isolated_inference, logits_of_output, read_input, read_output, write_output
+from streamline_hooks.modeling import (
+    evaluation_mode,
+    isolated_inference,
+    logits_of_output,
+    read_input,
+    read_output,
+    write_output,
+)
 from streamline_hooks.surgery.probe import probe_logits_allclose
 from streamline_hooks.surgery.skipped_block import SkippedBlock, cache_name, first_tokens
 
@@ -31,7 +38,7 @@ def learn_and_verify(skip: PromptSkip, verify: bool) -> None:
     padded = torch.ones_like(ids)
     padded[1, :2] = 0
     prompt = (torch.arange(total, device=ids.device) < _PROMPT - 1).expand(2, -1)
-    with isolated_inference(model):
+    with isolated_inference(model), evaluation_mode(*(module for module in skip.maps if module is not None)):
         for mask in (padded, None):
             try:
                 if mask is not None:

@@ -103,6 +103,8 @@ class SkippedBlock:
         """Run the block until it updates its cache, with a constant in place of its queries."""
         try:
             self._run_to_keys(values)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # a number of tokens for which one head of queries has no valid shape
             widths = {module: module.out_features for module in self._queries}
             if widths == self._queries or keys.stored is not None:

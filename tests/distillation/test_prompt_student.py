@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks import DistillationConfig, StreamlineError
+from streamline_hooks import DistillationConfig, LayerSurgeon, StreamlineError
 from streamline_hooks.distillation import PromptSkipStudent, TrainingCallback, TrainingProgress, prompt_of, train
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.surgery import PromptSkip
@@ -136,6 +136,37 @@ def test_one_map_for_several_blocks_is_trained_once_per_step() -> None:
     assert len(student_of(model, modules).parameters()) == len(list(shared.parameters()))
 
 
+def test_batches_in_which_no_token_skips_give_no_gradient_and_are_counted() -> None:
+    model, modules, whole = tiny_model("llama"), maps(), batch(seed=3)
+    whole["labels"] = whole["input_ids"]
+    short = {name: value[:, :1] for name, value in batch(seed=4).items()}
+    result = train(student_of(model, modules), [BATCHES[0], whole, short, BATCHES[1]], VALIDATION, QUICK)
+    assert result.steps == 8 and result.distance < result.distance_before and not result.stopped
+    before = [p.detach().clone() for p in nn.ModuleList(modules).parameters()]
+    train(student_of(model, modules), [whole], VALIDATION, DistillationConfig(validations=1, weight_decay=0.0))
+    assert all(torch.equal(p, b) for p, b in zip(nn.ModuleList(modules).parameters(), before, strict=True))
+
+
+class WithDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.dropout = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + self.dropout(self.inner(state))
+
+
+def test_dropout_of_maps_acts_in_steps_only() -> None:
+    modules: list[nn.Module | None] = [WithDropout() for _ in WINDOW]
+    seen: list[tuple[bool, bool]] = []
+    for module in modules:
+        assert module is not None
+        module.register_forward_hook(lambda m, args, output: seen.append((m.training, torch.is_grad_enabled())))
+    result = train(student_of(tiny_model("llama"), modules), BATCHES, VALIDATION, QUICK, callbacks=[Stop()])
+    assert result.interrupted and set(seen) == {(True, True), (False, False)}
+    assert not any(part.training for module in modules if module is not None for part in module.modules())
+
+
 class Stop(TrainingCallback):
     def on_step_end(self, progress: TrainingProgress) -> None:
         if progress.step == 5:
@@ -154,6 +185,11 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path) -> None:
     train(student_of(tiny_model("llama"), again), BATCHES, VALIDATION, QUICK, checkpoint_file=file, resume=True)
     pairs = zip(nn.ModuleList(whole).parameters(), nn.ModuleList(again).parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    one, two = [*maps(1), None, None], [None, None, *maps(1)]
+    train(student_of(tiny_model("llama"), one), BATCHES, VALIDATION, QUICK, checkpoint_file=tmp_path / "one")
+    with pytest.raises(StreamlineError, match="another training run"):
+        student = student_of(tiny_model("llama"), two)
+        train(student, BATCHES, VALIDATION, QUICK, checkpoint_file=tmp_path / "one", resume=True)
     other = PromptSkipStudent(tiny_model("llama"), range(3, 6), maps())
     with pytest.raises(StreamlineError, match="another training run"):
         train(other, BATCHES, VALIDATION, QUICK, checkpoint_file=file, resume=True)
@@ -200,12 +236,21 @@ def inside_the_with_statement() -> None:
         skip.resume(torch.zeros(1, 4, WIDTH), torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4))
 
 
+def inside_a_surgeon() -> None:
+    model = tiny_model("llama")
+    skip = PromptSkip(model, WINDOW, maps())
+    with LayerSurgeon(model, probe=False) as surgeon:
+        surgeon.remove([0])
+        skip.resume(torch.zeros(1, 4, WIDTH), torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4))
+
+
 REFUSED: dict[Callable[[], None], str] = {
     without_labels: "no labels.*Add them",
     with_a_tensor: "no labels",
     with_states: "hidden states.*Use kl",
     with_weights_of_the_model: "shares weights",
     inside_the_with_statement: "closed PromptSkip",
+    inside_a_surgeon: "PromptSkip.resume.*surgeon|open",
     lambda: student_of(tiny_model("llama"), [None, None, None]) and None: "no parameter to train",  # type: ignore[dict-item]
 }
 

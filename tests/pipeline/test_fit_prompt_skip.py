@@ -113,6 +113,21 @@ def test_training_starts_from_the_closed_form_and_lowers_both_divergences(tmp_pa
     assert all(module is None or not module.training for module in trained.maps)
 
 
+def test_without_a_map_nothing_is_trained() -> None:
+    fitted = fit_prompt_skip(tiny_model("llama"), batches(), 1, distillation=DistillationConfig())
+    assert fitted.window == range(7, 8) and fitted.maps == (None,) and fitted.training is None and fitted.distance == 0
+
+
+def test_short_documents_among_others_are_no_problem() -> None:
+    long = batches(12)
+    short = [long[0][:1, :1], long[1][:1, :3]]
+    data = {"calibration": [*long[2:8], *short], "validation": [*long[8:10], long[8][:1, 5:8]], "test": long[10:]}
+    fitted = fit_prompt_skip(tiny_model("llama"), data, range(3, 6), distillation=DistillationConfig(validations=1))
+    assert fitted.training is not None and math.isfinite(fitted.distance)
+    with pytest.raises(StreamlineError, match="two tokens"):
+        fit_prompt_skip(tiny_model("llama"), {**data, "validation": [long[9][:, :1]]}, range(3, 6))
+
+
 class Prompts:
     """Records the numbers of tokens that skip, of each forward pass of a training step."""
 
@@ -165,6 +180,7 @@ REFUSED = {
     "folded": (3, {"repair": FoldedConfig()}, "LinearConfig"),
     "healed": (3, {"distillation": DistillationConfig(), "healing": HealingConfig()}, "healing"),
     "loss on states": (3, {"distillation": DistillationConfig(loss={"mse": 1.0})}, "Use kl"),
+    "a file without training": (3, {"checkpoint_file": "training"}, "distillation"),
     "unknown field": (3, {"repairs": None}, "repairs"),
 }
 

@@ -310,6 +310,33 @@ def test_the_queries_of_skipped_tokens_are_one_head_of_zeros() -> None:
     assert run.shape == (1, 2, attention.q_proj.out_features)
 
 
+def test_out_of_memory_is_raised_and_one_head_stays() -> None:
+    model, ids, shapes = tiny_model("llama"), tokens(1, 12), []
+    attention, marks = model.model.layers[3].self_attn, prompt_marks({"input_ids": ids})
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    attention.q_proj.register_forward_hook(lambda module, args, output: shapes.append(output.shape[-1]))
+    with PromptSkip(model, WINDOW, maps()) as skip, skip.marked(marks):
+        handle = attention.k_proj.register_forward_pre_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids)
+        handle.remove()
+        shapes.clear()
+        model(ids)
+    assert shapes == [attention.head_dim, attention.q_proj.out_features]
+
+
+def test_maps_of_another_precision_and_in_training_mode_work() -> None:
+    model, ids = tiny_model("llama").bfloat16(), tokens(1, 9)
+    estimates = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)).train() for _ in WINDOW]
+    marks = prompt_marks({"input_ids": ids})
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates) as skip, skip.marked(marks):
+        assert all(module.training for module in estimates)
+        assert model(ids).logits.dtype == torch.bfloat16
+
+
 def test_compiled_calls_equal_the_model_itself() -> None:
     model, ids, estimates = tiny_model("llama"), tokens(1, 7), maps()
     marks = prompt_marks({"input_ids": ids})
