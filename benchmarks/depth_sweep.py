@@ -8,7 +8,8 @@ layers are then quantized, except those of the LM head. A row has the bytes of t
 of 512 tokens and of a further token relative to the original in alternating runs, the KL divergence of continuations
 from those of the original, and the accuracy on synthetic problems of the development draw relative to the original. A
 star marks rows that no other row beats or equals in accuracy, both times and bytes. The rows are saved to
-``benchmarks/results/depth_sweep.json`` and ``.md``, and those that exist are not measured again.
+``benchmarks/results/depth_sweep.json`` and ``.md``, those that exist are not measured again, and accuracy against each
+cost is drawn in ``docs/images/depth_sweep.svg``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.prompt_skip import TIMED_IDS, TOKENS, Tasks
 from benchmarks.quality_scores import write
-from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
+from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments, split_of
 from benchmarks.timing import machine
 from streamline_hooks import CompressionConfig, Target, compress
 from streamline_hooks.checkpoint import load_pretrained
@@ -36,7 +37,7 @@ from streamline_hooks.core import split_into_batches
 from streamline_hooks.modeling import inference, kl_by_token
 from streamline_hooks.pipeline import EvaluationConfig, FittedPromptSkip, fit_prompt_skip
 
-FILE = RESULTS / "depth_sweep.json"
+FILE, PICTURE = RESULTS / "depth_sweep.json", ROOT / "docs" / "images" / "depth_sweep.svg"
 TIMED_TOKENS, NEW_TOKENS = 512, 17
 COSTS = ("bytes", "prefill", "decode")
 
@@ -71,6 +72,7 @@ def main() -> None:
                 content["rows"][key] = {"removed": removed, "skipped": skipped, "weights": weights, **row}
                 write(FILE, content)
                 FILE.with_suffix(".md").write_text(table(content["rows"]))
+    draw(list(content["rows"].values()))
     print(table(content["rows"]))
 
 
@@ -178,11 +180,43 @@ def _accuracy(bits: dict[str, str]) -> float:
     return statistics.mean(row.count("1") / len(row) for row in bits.values())
 
 
-def is_on_front(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+def is_on_front(row: dict[str, Any], rows: list[dict[str, Any]], costs: Sequence[str] = COSTS) -> bool:
     """Whether no other row is at least as good in accuracy and all costs, and better in one."""
-    own = (-row["accuracy"], *(row[cost] for cost in COSTS))
-    others = [(-other["accuracy"], *(other[cost] for cost in COSTS)) for other in rows]
+    own = (-row["accuracy"], *(row[cost] for cost in costs))
+    others = [(-other["accuracy"], *(other[cost] for cost in costs)) for other in rows]
     return not any(o != own and all(a <= b for a, b in zip(o, own, strict=True)) for o in others)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw accuracy against each cost, with a line through the rows that are best for this cost alone."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "streamline_hooks"
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(COSTS), figsize=(10, 4), sharey=True, layout="constrained")
+    labels = {"bytes": "size of the weights (MB)", "prefill": "time of a prompt (ratio)", "decode": "time per token"}
+    colors = {removed: f"C{n}" for n, removed in enumerate(dict.fromkeys(row["removed"] for row in rows))}
+    shapes = dict(zip(WEIGHTS, "os^", strict=True))
+    for axes, cost in zip(panels, COSTS, strict=True):
+        scale = 1e-6 if cost == "bytes" else 1
+        best = sorted((row[cost] * scale, row["accuracy"]) for row in rows if is_on_front(row, rows, [cost]))
+        axes.plot(*zip(*best, strict=True), color="0.8", zorder=0)
+        for row in rows:
+            point = row[cost] * scale, row["accuracy"]
+            axes.plot(*point, shapes[row["weights"]], color=colors[row["removed"]])
+            axes.annotate(str(row["skipped"]), point, (5, 4), textcoords="offset points", fontsize=7)
+        axes.set_xlabel(labels[cost])
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (ratio)")
+    for removed, color in colors.items():
+        panels[0].plot([], [], "o", color=color, label=f"{removed} blocks removed")
+    for weights, shape in shapes.items():
+        panels[0].plot([], [], shape, color="0.4", label=weights)
+    figure.legend(loc="outside upper center", ncols=6, frameon=False, title="numbers: blocks that prompts skip")
+    figure.savefig(PICTURE, metadata={"Date": None})
+    plt.close(figure)
 
 
 def table(rows: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import depth_sweep, prompt_skip
+from benchmarks import depth_sweep, prompt_skip, prompt_skip_cost
 from benchmarks.last_words import LastWord
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks.data import split_documents
@@ -40,6 +40,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
         monkeypatch.setattr(module, "TIMED_IDS", (3, 300))
         monkeypatch.setattr(module, "TIMED_TOKENS", 24)
         monkeypatch.setattr(module, "FILE", tmp_path / f"{module.__name__}.json")
+    monkeypatch.setattr(depth_sweep, "PICTURE", tmp_path / "depth_sweep.svg")
     monkeypatch.setattr(prompt_skip, "problems_of", lambda *args: PROBLEMS)
     monkeypatch.setattr(prompt_skip, "last_words", lambda *args: ENDS)
     return small
@@ -99,7 +100,27 @@ def test_the_sweep_combines_removal_skipping_and_quantization(
     skipped, removed = rows[3], rows[6]
     assert skipped["bytes"] >= original["bytes"] > removed["bytes"] and skipped["kl"]["repeated"] > 1e-6
     assert skipped["window"] and not original["window"] and removed["kl"]["text"] > 1e-6
+    assert depth_sweep.PICTURE.read_text().count("blocks removed") == 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_ideal_cost_of_a_prompt(model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(prompt_skip_cost, "load_pretrained", lambda name: (model, None))
+    monkeypatch.setattr(prompt_skip_cost, "IDS", (3, 300))
+    monkeypatch.setattr(prompt_skip_cost, "FILE", tmp_path / "prompt_skip_cost.json")
+    monkeypatch.setattr("sys.argv", ["prompt_skip_cost", "--tokens", "16,64", "--skipped", "1,2", "--rounds", "1"])
+    prompt_skip_cost.main()
+    rows = json.loads(prompt_skip_cost.FILE.read_text())["rows"]
+    assert [(row["tokens"], row["skipped"]) for row in rows] == [(16, 1), (16, 2), (64, 1), (64, 2)]
+    assert [row["ideal"] for row in rows] == pytest.approx([cost(16, 1), cost(16, 2), cost(64, 1), cost(64, 2)])
+
+
+def cost(tokens: int, skipped: int, width: int = 64, vocabulary: int = 300, blocks: int = 4) -> float:
+    """Return the ideal cost of an OPT block with 12 weight matrices of the model's width."""
+    block, keys = 24 * tokens * width**2 + 4 * tokens**2 * width, 4 * tokens * width**2
+    whole = blocks * block + 2 * width * vocabulary
+    skipping = skipped * (keys + (block - keys) * 2 / tokens) + (skipped - 1) * 2 * tokens * width**2
+    return (whole - skipped * block + skipping) / whole
 
 
 def test_a_row_is_on_the_front_unless_another_is_better_in_one_and_worse_in_none() -> None:

@@ -1,0 +1,104 @@
+"""Measure what prompts cost if they skip blocks, on SmolLM2-135M.
+
+    python -m benchmarks.prompt_skip_cost [--tokens 512,1024,2048] [--skipped 5,10,15] [--rounds 9]
+
+The last blocks are skipped, and every other token than the last of the prompt gets its keys and values from linear
+maps, which are not fitted, because the values of the weights do not affect the time. The ideal cost counts the FLOPs of
+matrix products and attention: those of the full model without the skipped blocks, and in the skipped blocks those of
+the maps, of the projections of keys and values, and of the two tokens that run. The time is that of `generate` for one
+new token, as the ratio of medians of alternating runs. A row has both ratios, and the saved time as a fraction of the
+ideal saving. The results are saved to ``benchmarks/results/prompt_skip_cost.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.quality_scores import write
+from benchmarks.real_text import RESULTS
+from benchmarks.timing import interleaved, machine, ratio
+from streamline_hooks import find_stack
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery import PromptSkip
+
+FILE = RESULTS / "prompt_skip_cost.json"
+IDS = (3, 40_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", default="512,1024,2048", help="tokens of the prompts")
+    parser.add_argument("--skipped", default="5,10,15", help="numbers of skipped blocks")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    model = load_pretrained("smollm2")[0]
+    rows = []
+    for tokens in map(int, options.tokens.split(",")):
+        ids = torch.randint(*IDS, (1, tokens), generator=torch.Generator().manual_seed(0))
+        for skipped in map(int, options.skipped.split(",")):
+            rows.append({"tokens": tokens, "skipped": skipped, **measure(model, ids, skipped, options.rounds)})
+            print(rows[-1], flush=True)
+    command = (
+        f"python -m benchmarks.prompt_skip_cost --tokens {options.tokens} --skipped {options.skipped} "
+        f"--rounds {options.rounds}"
+    )
+    write(FILE, {"rows": rows, "machine": machine(), "command": command})
+    FILE.with_suffix(".md").write_text(table(rows, command))
+    print(table(rows, command))
+
+
+@torch.no_grad()
+def measure(model: Any, ids: Tensor, skipped: int, rounds: int) -> dict[str, float]:
+    """Return the ideal cost, the time, both relative to the original, and the saved fraction of the ideal saving."""
+    stack = find_stack(model)
+    window = range(len(stack) - skipped, len(stack))
+    maps = [LinearReplacement(model.config.hidden_size) for _ in window[1:]]
+    run = partial(model.generate, ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+    def skipping() -> None:
+        with PromptSkip(model, window, [*maps, None], probe=False):
+            model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+    seconds = interleaved({"original": run, "skipping": skipping}, rounds)
+    ideal, time = ideal_ratio(model, ids, skipped), ratio(seconds, "skipping", "original")
+    return {"ideal": ideal, "time": time, "share": (1 - time) / (1 - ideal)}
+
+
+def ideal_ratio(model: Any, ids: Tensor, skipped: int) -> float:
+    """Return the FLOPs of a prompt with skipped blocks relative to those of the full model."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(ids, logits_to_keep=1)
+    counts = {path: sum(by_operator.values()) for path, by_operator in counter.get_flop_counts().items()}
+    stack, tokens = find_stack(model), ids.shape[1]
+    block = counts[f"{type(model).__name__}.{stack.path}.0"]
+    attention = f"{type(model).__name__}.{stack.path}.0.self_attn"
+    keys = counts[f"{attention}.k_proj"] + counts[f"{attention}.v_proj"]
+    maps = 2 * tokens * model.config.hidden_size**2 * (skipped - 1)
+    run = 2 / tokens * (block - keys)  # the first and the last token
+    return (counts["Global"] - skipped * (block - keys - run) + maps) / counts["Global"]
+
+
+def table(rows: list[dict[str, Any]], command: str) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "SmolLM2-135M, float32, the last of 30 blocks skipped for prompts; cost and time relative to the original.",
+        "",
+        "| prompt tokens | skipped blocks | ideal cost | time | saved of the ideal saving |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = f"{row['tokens']} | {row['skipped']} | {row['ideal']:.3f} | {row['time']:.3f} | {row['share']:.2f}"
+        lines.append(f"| {cells} |")
+    return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+
+
+if __name__ == "__main__":
+    main()
