@@ -4,11 +4,12 @@
         [--variants trained,fitted,skipped,mapped,removed] [--train-tokens 200704] [--learning-rate 0.001]
 
 For each window up to five variants are scored greedily on synthetic problems and on the last words of held-out
-passages: prompts skip the window with trained maps, with fitted maps or without maps, or the window is removed with a
-fitted map or without one. A row has the accuracy of each task relative to the original, the KL divergence by which
-`fit_prompt_skip` chooses windows, and the time of a prompt of 512 tokens, in pairs with the original. Windows and
-settings are chosen on the draw ``development``, which has problems only, because held-out text must not be used for
-choices; the draws ``0``, ``1`` and ``2`` have other problems, and seed the training. The rows are saved to
+passages, and on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with
+fitted maps or without maps, or the window is removed with a fitted map or without one. A row has the accuracy of each
+task relative to the original, the KL divergence by which `fit_prompt_skip` chooses windows, and the time of a prompt of
+512 tokens, in pairs with the original. Windows and settings are chosen on the draw ``development``, which has problems
+only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have other
+problems, and seed the training. The rows are saved to
 ``benchmarks/results/prompt_skip.json`` and ``.md``, and those that exist are not measured again.
 """
 
@@ -28,15 +29,23 @@ import torch
 
 from benchmarks.generation_scores import AT_ONCE, bits
 from benchmarks.heldout_pieces import last_words
+from benchmarks.multiple_choice import TASKS, task_of
 from benchmarks.probe_difficulty import chosen
-from benchmarks.quality_scores import write
+from benchmarks.quality_scores import CHOICES_AT_ONCE, write
 from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
 from benchmarks.short_answers import answer_tokens, fast_products, problems_of
 from benchmarks.timing import machine
 from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, LayerSurgeon
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.core import split_into_batches
-from streamline_hooks.evaluation import ANSWER_STOP, TextGenerationConfig, generate_texts, solve_problems
+from streamline_hooks.evaluation import (
+    ANSWER_STOP,
+    TaskSettings,
+    TextGenerationConfig,
+    generate_texts,
+    load_tasks,
+    solve_problems,
+)
 from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
 from streamline_hooks.repair import LinearConfig, fit_windows, insert_replacement
 from streamline_hooks.surgery import PromptSkip
@@ -45,6 +54,7 @@ FILE = RESULTS / "prompt_skip.json"
 TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens": 4_096}
 SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
 TIMED_TOKENS, TIMED_IDS = 512, (3, 40_000)
+QUESTIONS = ("arc_easy", "copa", "piqa")
 VARIANTS = {
     "trained": "skipped, with trained maps",
     "fitted": "skipped, with maps",
@@ -125,7 +135,13 @@ class Tasks:
     def __init__(self, data: Any, tokenizer: Any, items: int, draw: str) -> None:
         self.tokenizer = tokenizer
         self.problems = problems_of(items, SEEDS[draw], chosen())
-        self.ends = [] if draw == "development" else last_words(data, tokenizer, items, SEEDS[draw])
+        self.ends: list[Any] = []
+        self.questions: dict[str, Any] = {}
+        if draw != "development":
+            self.ends = last_words(data, tokenizer, items, SEEDS[draw])
+            for name in QUESTIONS:
+                settings = TaskSettings(metric=TASKS[name].metric, batch_size=CHOICES_AT_ONCE)
+                self.questions |= load_tasks([task_of(name, data / "bench", items, SEEDS[draw])], settings)
 
     def score(self, model: Any) -> dict[str, str]:
         """Return for each task which items are right, as bits."""
@@ -143,6 +159,8 @@ class Tasks:
             texts = generate_texts(model, self.tokenizer, contexts, config, desc="last words")
             words = [end.continuation.strip() for end in self.ends]
             results["last word"] = bits([t.text.split()[:1] == [w] for (t,), w in zip(texts, words, strict=True)])
+        for name, task in self.questions.items():
+            results[name] = bits([score == 1 for score in task.run(model, self.tokenizer).scores])
         return results
 
 
@@ -203,15 +221,22 @@ def table(rows: dict[str, Any]) -> str:
             "",
             "Accuracy of the original: " + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds) + ".",
             "",
-            f"| blocks | {' | '.join(kinds)} | mean | KL text | KL repeated | prompt time |",
-            f"|{'---|' * (len(kinds) + 5)}",
+            f"| blocks | {' | '.join(kinds)} | generation | classification | KL text | KL repeated | prompt time |",
+            f"|{'---|' * (len(kinds) + 6)}",
         ]
         for row in own:
             if row is original:
                 continue
-            kept = [_share(row["tasks"][kind]) / max(accuracy[kind], 1e-9) for kind in kinds]
+            kept = {kind: _share(row["tasks"][kind]) / max(accuracy[kind], 1e-9) for kind in kinds}
+            means = [
+                statistics.fmean(values) if values else None
+                for values in (
+                    [value for kind, value in kept.items() if (kind in QUESTIONS) == chooses]
+                    for chooses in (False, True)
+                )
+            ]
             kl = [f"{row['kl'][name]:.3f}" if row.get("kl") else "" for name in ("text", "repeated")]
-            cells = [*(f"{value:.0%}" for value in (*kept, sum(kept) / len(kept))), *kl]
+            cells = [*("" if value is None else f"{value:.0%}" for value in (*kept.values(), *means)), *kl]
             lines.append(f"| {row['name']} | {' | '.join(cells)} | {row.get('prefill', 1):.2f} |")
         lines.append("")
     return "\n".join(lines)

@@ -60,13 +60,11 @@ def measure(model: Any, ids: Tensor, skipped: int, rounds: int) -> dict[str, flo
     stack = find_stack(model)
     window = range(len(stack) - skipped, len(stack))
     maps = [LinearReplacement(model.config.hidden_size) for _ in window[1:]]
-    run = partial(model.generate, ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
-
-    def skipping() -> None:
-        with PromptSkip(model, window, [*maps, None], probe=False):
-            model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
-
-    seconds = interleaved({"original": run, "skipping": skipping}, rounds)
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    with PromptSkip(model, window, [*maps, None], probe=False):
+        skipping, original = vars(model)["generate"], type(model).generate.__get__(model)
+        ways = {"original": partial(original, ids, **options), "skipping": partial(skipping, ids, **options)}
+        seconds = interleaved(ways, rounds)
     ideal, time = ideal_ratio(model, ids, skipped), ratio(seconds, "skipping", "original")
     return {"ideal": ideal, "time": time, "share": (1 - time) / (1 - ideal)}
 

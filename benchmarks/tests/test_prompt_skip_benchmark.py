@@ -14,10 +14,11 @@ from benchmarks import depth_sweep, prompt_skip, prompt_skip_cost
 from benchmarks.last_words import LastWord
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks.data import split_documents
-from streamline_hooks.evaluation import Problem
+from streamline_hooks.evaluation import Problem, task_config_from_rows
 
 TEXT = "the cat sleeps under a green house near seven small apples while rain falls over the old garden"
 ENDS = [LastWord("the cat sleeps under a green", " house", "garden")] * 2
+QUESTIONS = task_config_from_rows([{"query": "the cat sleeps", "choices": ["under", "rain"], "gold": 0}] * 2, "copa")
 PROBLEMS = {"copying": [Problem("seven small", " apples")] * 2}
 
 
@@ -43,6 +44,8 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
     monkeypatch.setattr(depth_sweep, "PICTURE", tmp_path / "depth_sweep.svg")
     monkeypatch.setattr(prompt_skip, "problems_of", lambda *args: PROBLEMS)
     monkeypatch.setattr(prompt_skip, "last_words", lambda *args: ENDS)
+    monkeypatch.setattr(prompt_skip, "QUESTIONS", ("copa",))
+    monkeypatch.setattr(prompt_skip, "task_of", lambda *args: QUESTIONS)
     return small
 
 
@@ -59,13 +62,14 @@ def test_each_variant_has_a_row_and_is_measured_once(model: nn.Module, monkeypat
     rows = run(monkeypatch, "--draw", "0")
     names = [row["name"].partition(" (")[0] for row in rows.values()]
     assert names == ["original", *(f"2-3, {name}" for name in prompt_skip.VARIANTS.values())]
-    assert all(set(row["tasks"]) == {"copying", "last word"} for row in rows.values())
+    assert all(set(row["tasks"]) == {"copying", "last word", "copa"} for row in rows.values())
     trained, fitted, skipped, *removed = list(rows.values())[1:]
     assert trained["training"]["tokens"] > 0 and trained["kl"]["text"] <= fitted["kl"]["text"]
     assert all(row["prefill"] > 0 for row in (trained, fitted, skipped))
     assert not any("prefill" in row for row in removed)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "generate" not in vars(model)
+    assert "| generation | classification |" in prompt_skip.FILE.with_suffix(".md").read_text()
     assert "| 2-3, removed |" in prompt_skip.FILE.with_suffix(".md").read_text()
     monkeypatch.setattr(prompt_skip, "fit_prompt_skip", None)  # not called again
     assert run(monkeypatch, "--draw", "0") == rows

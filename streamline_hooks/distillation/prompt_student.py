@@ -162,10 +162,10 @@ def prompt_of(batch: Batch | Tensor) -> Tensor:
 
 
 def _real_tokens(batch: Batch | Tensor) -> Tensor:
-    """Return the mask of the tokens of a batch that are not padding, (batch, tokens)."""
-    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-    mask = None if isinstance(batch, Tensor) else padding_mask(batch)
-    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    """Return the mask of the tokens of a batch with labels that are not padding, (batch, tokens)."""
+    assert not isinstance(batch, Tensor)
+    mask = padding_mask(batch)
+    return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _without_labels(batch: Batch | Tensor) -> Batch | Tensor:

@@ -19,12 +19,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from streamline_hooks.core import Config, StreamlineError, device_of, texts_digest
 from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
 from streamline_hooks.evaluation.task_files import random_subset, task_config_from_file
 from streamline_hooks.modeling import inference
+from streamline_hooks.surgery import find_prompt_skip
 
 TaskSource = str | Path | Mapping[str, Any]
 _YAML = (".yaml", ".yml")
@@ -124,7 +125,8 @@ def run_tasks(
 ) -> dict[str, TaskResult]:
     """Evaluate a model on lm-eval tasks, with the same results as lm-eval's command line.
 
-    The model may be inside an open `LayerSurgeon`. Model, tokenizer and random states are restored.
+    The model may be inside an open `LayerSurgeon` or `PromptSkip`; the contexts of multiple-choice tasks are then
+    prompts that skip blocks. Model, tokenizer and random states are restored.
 
     Parameters
     ----------
@@ -361,13 +363,15 @@ def _lm_eval_tasks() -> Any:
 
 @functools.cache
 def _language_model() -> type:
-    """Return a subclass of lm-eval's HFLM that also counts the scored tokens of each request."""
+    """Return a subclass of lm-eval's HFLM that counts the scored tokens, and marks contexts that may skip blocks."""
     from lm_eval.models.huggingface import HFLM
 
     class CountingLM(HFLM):  # type: ignore[misc]
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
             self.token_counts: dict[tuple[str, str], int] = {}
+            self._skip = find_prompt_skip(self.model)
+            self._marks: dict[tuple[int, ...], int] = {}  # by tokens, the number that may skip blocks
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **settings: Any) -> Any:
             self.token_counts |= {pair: len(continuation) for pair, _, continuation in requests}
@@ -377,9 +381,28 @@ def _language_model() -> type:
                         f"{pair[1][:80]!r}... has {len(continuation)} tokens. Expected no more than the model's "
                         f"{self.max_length} positions. Leave the item out."
                     )
+            for _, context, continuation in requests if self._skip is not None else ():
+                tokens = [*context, *continuation][-(self.max_length + 1) : -1]
+                # The last token of the context predicts the continuation and runs every block.
+                self._marks[_without_padding(tokens)] = len(tokens) - len(continuation)
             return super()._loglikelihood_tokens(requests, *args, **settings)
 
+        def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Any:
+            if self._skip is None:
+                return super()._model_call(inps, *args, **settings)
+            counts = torch.tensor([self._marks[_without_padding(row)] for row in inps.tolist()], device=inps.device)
+            with self._skip.marked(torch.arange(inps.shape[1], device=inps.device) < counts[:, None]):
+                return super()._model_call(inps, *args, **settings)
+
     return CountingLM
+
+
+def _without_padding(tokens: Sequence[int]) -> tuple[int, ...]:
+    """Leave out zeros at the end, with which lm-eval pads on the right."""
+    count = len(tokens)
+    while count and tokens[count - 1] == 0:
+        count -= 1
+    return tuple(tokens[:count])
 
 
 def metrics_of(values: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:

@@ -36,7 +36,7 @@ from streamline_hooks.surgery.model_source import ModelSource, as_state_source
 from streamline_hooks.surgery.placement import match_block, matched_dtype
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
 from streamline_hooks.surgery.probe import find_mismatch, run_reference_with_hooks
-from streamline_hooks.surgery.prompt_skip import PromptSkip, prompt_skip_of
+from streamline_hooks.surgery.prompt_skip import PromptSkip, find_prompt_skip, prompt_skip_of
 from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.save_guard import saved_model_depth
 from streamline_hooks.surgery.session import refuse_open_surgery
@@ -50,7 +50,7 @@ from streamline_hooks.surgery.splice import (
     snapshot_splices,
     spliced,
 )
-from streamline_hooks.surgery.spliced_model import MODEL_TYPE, StreamlinedConfig, base_class
+from streamline_hooks.surgery.spliced_model import MODEL_TYPE, StreamlinedConfig, base_class, is_splice_parameter
 from streamline_hooks.surgery.surgeon import LayerSurgeon
 from streamline_hooks.surgery.zeroed_branches import (
     find_zeros,
@@ -98,8 +98,10 @@ __all__ = [
     "find_index_attributes",
     "find_mismatch",
     "find_per_layer_weights",
+    "find_prompt_skip",
     "find_zeros",
     "foldable",
+    "is_splice_parameter",
     "match_block",
     "matched_dtype",
     "per_layer_width",

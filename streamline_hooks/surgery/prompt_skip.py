@@ -30,7 +30,7 @@ from streamline_hooks.modeling import BlockStack, find_stack, part_of_model
 from streamline_hooks.surgery.commit import commit_surgery
 from streamline_hooks.surgery.layout import checked_window
 from streamline_hooks.surgery.plan import Slot, SurgeryPlan
-from streamline_hooks.surgery.prompt_skip_probe import learn_and_verify
+from streamline_hooks.surgery.prompt_skip_probe import learn_and_verify, text_config_of
 from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.save_guard import saved_model_depth, transformers_ancestors
 from streamline_hooks.surgery.session import mark_skipping, refuse_committed_skip, refuse_open_surgery
@@ -153,6 +153,7 @@ class PromptSkip:
         refuse_open_surgery(self.stack, "PromptSkip")
         with ExitStack() as undo:
             undo.callback(mark_skipping(self.stack))
+            undo.callback(set_attribute(self.model, _SKIP, self))
             self._install(undo)
             for owner in transformers_ancestors(self.stack):
                 undo.callback(set_attribute(owner, "save_pretrained", _refuse_saving))
@@ -376,7 +377,7 @@ class PromptSkip:
                     "PromptSkip: generate runs the model without a cache of keys and values, so every step would run "
                     "the prompt again. Expected use_cache=True. Change the generation config."
                 )
-            if arguments.get("output_attentions", getattr(_text_config(self.model), "output_attentions", False)):
+            if arguments.get("output_attentions", getattr(text_config_of(self.model), "output_attentions", False)):
                 raise StreamlineError(
                     "PromptSkip: output_attentions=True was given, but skipped tokens have no attention. Expected "
                     "False. Leave it out, or run the model outside of the with statement."
@@ -431,7 +432,7 @@ for _hook in (PromptSkip._enter_model, PromptSkip._leave_model):
 
 @validate_arguments()
 def prompt_skip_of(model: nn.Module) -> PromptSkip:
-    """Return the committed prompt skipping of a model, for `PromptSkip.marked`.
+    """Return the open or committed prompt skipping of a model, for `PromptSkip.marked`.
 
     Parameters
     ----------
@@ -446,12 +447,18 @@ def prompt_skip_of(model: nn.Module) -> PromptSkip:
     StreamlineError
         If the model has none.
     """
-    skip: PromptSkip | None = vars(model).get(_SKIP)
-    if skip is None:
+    if (skip := find_prompt_skip(model)) is None:
         raise StreamlineError(
-            f"This {type(model).__name__} has no committed PromptSkip. Expected a model after PromptSkip.commit, or "
-            "loaded from a folder that was saved after it. Use PromptSkip in a with statement."
+            f"This {type(model).__name__} has no open or committed PromptSkip. Expected a model inside the with "
+            "statement of one, after PromptSkip.commit, or loaded from a folder that was saved after it. Use "
+            "PromptSkip in a with statement."
         )
+    return skip
+
+
+def find_prompt_skip(model: nn.Module) -> PromptSkip | None:
+    """Return the open or committed prompt skipping of a model, or None."""
+    skip: PromptSkip | None = vars(model).get(_SKIP)
     return skip
 
 
@@ -501,11 +508,6 @@ def _refuse_batches(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _text_config(model: Any) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
 def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
     raise StreamlineError(
         "save_pretrained was called inside an open PromptSkip, whose maps it would not save. Expected a closed one. "
@@ -515,7 +517,7 @@ def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
 
 def _require_dense_masks(model: nn.Module) -> None:
     """Raise if the attention of a model does not take masks by query and key."""
-    name = getattr(_text_config(model), "_attn_implementation", None)
+    name = getattr(text_config_of(model), "_attn_implementation", None)
     if name not in (None, "sdpa", "eager"):
         raise UnsupportedSurgery(
             f"PromptSkip: the attention {name!r} takes no mask by query and key. Expected 'sdpa' or 'eager'. Call "

@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 _PROMPT, _CONTINUATION = 7, 2  # tokens
 
 
+def text_config_of(model: Any) -> Any:
+    """Return the configuration of the language model, or None if there is none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
 def learn_and_verify(skip: PromptSkip, verify: bool) -> None:
     """Learn the arguments of the skipped blocks, and compare the model with the masked full forward pass."""
     model, total = skip.model, _PROMPT + _CONTINUATION
     generator = torch.Generator().manual_seed(0)
-    text_config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[union-attr, operator]
-    vocabulary = min(int(getattr(text_config, "vocab_size", 50)), 50)
+    vocabulary = min(int(getattr(text_config_of(model), "vocab_size", 50)), 50)
     ids = torch.randint(3 % vocabulary, vocabulary, (2, total), generator=generator).to(device_of(model))
     padded = torch.ones_like(ids)
     padded[1, :2] = 0
@@ -77,8 +82,7 @@ def _cache_name_of_model(skip: PromptSkip) -> str:
 def _learn(skip: PromptSkip, ids: Tensor, mask: Tensor) -> None:
     """Find the axes of tokens of the arguments of the skipped blocks, in two calls with different numbers of tokens."""
     calls = dict.fromkeys(skip.window, 0)
-    text_config = skip.model.config.get_text_config() if hasattr(skip.model, "config") else None  # type: ignore[union-attr, operator]
-    heads = max(1, int(getattr(text_config, "num_attention_heads", None) or 1))
+    heads = max(1, int(getattr(text_config_of(skip.model), "num_attention_heads", None) or 1))
     with ExitStack() as undo:
         for skipped, k in zip(skip._blocks, skip.window, strict=True):
 

@@ -217,7 +217,7 @@ def test_what_cannot_be_committed_leaves_the_model_open() -> None:
     assert torch.equal(model.generate(ids, **GREEDY), expected)
     with pytest.raises(StreamlineError, match="outside of the with statement"):
         skip.commit()
-    with pytest.raises(StreamlineError, match="no committed PromptSkip"):
+    with pytest.raises(StreamlineError, match="no open or committed PromptSkip"):
         prompt_skip_of(model)
 
 

@@ -22,8 +22,9 @@ from streamline_hooks import LayerSurgeon, StreamlineError, save
 from streamline_hooks.evaluation import PairedScores, TaskSettings, relative_accuracy, run_tasks, task_config_from_rows
 from streamline_hooks.evaluation.lm_eval_tasks import load_tasks, metrics_of
 from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
+from streamline_hooks.modeling import find_stack
 from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.surgery import base_class
+from streamline_hooks.surgery import PromptSkip, base_class
 from tests.evaluation.local_tasks import write_questions, write_task, write_texts
 from tests.processes import ROOT
 
@@ -254,6 +255,36 @@ def test_models_with_splices_and_under_a_surgeon(stories: tuple[Any, Any], tasks
     assert type(model.config) is not base_class(type(model.config))
     bits = [found["texts"].metrics["texts"]["bits_per_byte"][0] for found in (whole, removed, changed)]
     assert bits[0] < min(bits[1:]) and len({round(value, 6) for value in bits}) == 3
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_contexts_of_choices_skip_blocks(committed: bool, stories: tuple[Any, Any], tasks: Path) -> None:
+    """The expected likelihoods come from a forward pass per choice, in which all but the context's last token skip."""
+    model, tokenizer = copy.deepcopy(stories[0]), stories[1]
+    full = run_tasks(model, tokenizer, [tasks / "likeliest.yaml"])["likeliest"].loglikelihoods
+    blocks = len(find_stack(model))
+    with PromptSkip(model, range(blocks - 2, blocks)) as skip:
+        if committed:
+            skip.commit()
+        found = run_tasks(model, tokenizer, [tasks / "likeliest.yaml"])["likeliest"].loglikelihoods
+        expected = []
+        for row in ROWS:
+            context = tokenizer(row["query"]).input_ids
+            for choice in row["choices"]:
+                ids = tokenizer(f"{row['query']} {choice}", return_tensors="pt").input_ids
+                with torch.no_grad(), skip.marked(torch.arange(ids.shape[1])[None] < len(context) - 1):
+                    nats = model(ids).logits[0].log_softmax(dim=-1)
+                scored = range(len(context), ids.shape[1])
+                expected.append(float(sum(nats[k - 1, ids[0, k]] for k in scored)))
+    torch.testing.assert_close([nat for item in found for nat in item], expected, rtol=0, atol=1e-3)
+    assert not any(abs(a - b) < 1e-3 for x, y in zip(found, full, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_documents_have_no_prompt(stories: tuple[Any, Any], tasks: Path) -> None:
+    model, tokenizer = stories
+    full = run_tasks(model, tokenizer, [tasks / "texts.yaml"])["texts"].metrics
+    with PromptSkip(model, range(2, 4)):
+        assert run_tasks(model, tokenizer, [tasks / "texts.yaml"])["texts"].metrics == full
 
 
 @pytest.mark.long
