@@ -1,6 +1,6 @@
 """Measure how accurately memory and time targets are predicted on SmolLM2-135M.
 
-    python -m benchmarks.targets [--repeats 3]
+    python -m benchmarks.targets [--repeats 3] [--units parameters,latency]
 
 For each target the original is compressed by the fewest blocks that meet it, without replacement or with a linear map.
 The value is predicted before and measured after the compression. Times need an idle machine. The speed of a shared
@@ -13,6 +13,7 @@ those that exist are not measured again.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -41,13 +42,16 @@ FILE = RESULTS / "targets.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--units", default=",".join(UNITS), help="kinds of target; seconds need a constant speed")
     options = parser.parse_args()
+    units = options.units.split(",")
     os.environ["TQDM_DISABLE"] = "1"
     show_log()
     texts = read_documents("pydoc")
     content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
-    content |= {"command": f"python -m benchmarks.targets --repeats {options.repeats}", "machine": machine()}
-    for repeat, repair, unit in product(range(options.repeats), REPAIRS, UNITS):
+    command = f"python -m benchmarks.targets --repeats {options.repeats} --units {options.units}"
+    content |= {"command": command, "machine": machine()}
+    for repeat, repair, unit in product(range(options.repeats), REPAIRS, units):
         key = f"{repair}, {unit}, {repeat}"
         if key in content["rows"]:
             continue
@@ -71,6 +75,7 @@ def main() -> None:
 def measure(repair: ReplacementConfig, unit: str, texts: Sequence[str]) -> dict[str, Any]:
     """Compress the original to a target; return the predicted and the measured value."""
     model, tokenizer = load_pretrained("smollm2")
+    original = copy.deepcopy(model)
     config = CompressionConfig(
         remove=target_of(unit, model),
         repair=repair,
@@ -82,13 +87,13 @@ def measure(repair: ReplacementConfig, unit: str, texts: Sequence[str]) -> dict[
     assert result.target is not None
     row = {"removed": len(result.plan.removed), **result.target.to_dict()}
     row["error"] = row["relative_error"]
-    return row | (in_alternation(model, result.target) if unit == "seconds_per_token" else {})
+    return row | (in_alternation(original, model, result.target) if unit == "seconds_per_token" else {})
 
 
-def in_alternation(model: Any, outcome: TargetOutcome) -> dict[str, Any]:
+def in_alternation(original: Any, model: Any, outcome: TargetOutcome) -> dict[str, Any]:
     """Time the compressed model and the original in alternation; return the ratio and its error."""
-    models = {"original": load_pretrained("smollm2")[0], "compressed": model}
-    speed = measure_speed(models, repeats=9)
+    models = {"original": original, "compressed": model}
+    speed = measure_speed(models, repeats=11)
     seconds = {name: speed.seconds(name, "decode").median for name in models}
     ratio = seconds["compressed"] / seconds["original"]
     error = ratio / (outcome.predicted / outcome.original) - 1
