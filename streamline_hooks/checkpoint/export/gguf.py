@@ -1,9 +1,9 @@
-"""Export a compressed Llama to GGUF, the format of llama.cpp.
+"""Export a model to GGUF, the format of llama.cpp.
 
-A model of unchanged architecture becomes a ``llama`` file. A model with zeroed attentions becomes a ``deci`` file. This
-architecture of llama.cpp for Nemotron-51B (arXiv 2411.19146) has a separate number of heads per block. A block with 0
-heads computes x + MLP(norm x) and has no attention weights. A block with heads but 0 key heads has a linear map of the
-normalized state instead of its attention.
+A plain model becomes a file of its own architecture, see `gguf_architectures`. A Llama with zeroed attentions becomes a
+``deci`` file. This architecture of llama.cpp for Nemotron-51B (arXiv 2411.19146) has a separate number of heads per
+block. A block with 0 heads computes x + MLP(norm x) and has no attention weights. A block with heads but 0 key heads
+has a linear map of the normalized state instead of its attention.
 """
 
 from __future__ import annotations
@@ -11,14 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamline_hooks.checkpoint.export.gguf_architectures import (
+    ARCHITECTURES,
+    GGUFArchitecture,
+    check_config,
+    inner_size,
+    key_heads,
+    weights_of,
+    write_settings,
+)
+from streamline_hooks.checkpoint.export.gguf_vocabulary import write_vocabulary
 from streamline_hooks.checkpoint.export.plain import check_no_splices
-from streamline_hooks.core import StreamlineError, atomic_file, parse_json
+from streamline_hooks.core import StreamlineError, atomic_file
 from streamline_hooks.modeling import find_stack
 from streamline_hooks.replacements import NormedLinearReplacement
 from streamline_hooks.surgery import AFTER, BEFORE, spliced
@@ -27,15 +37,9 @@ if TYPE_CHECKING:
     import gguf
     from transformers import PreTrainedModel
 
-Architecture = Literal["llama", "deci"]
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {  # name in llama.cpp, and whether pieces that are tokens are not merged
-    rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}": ("llama-bpe", True),
-    rf"{_WORDS}|\p{{N}}|{_REST}": ("qwen2", False),
-}
-_SETTINGS = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False}
+_PRECISE = ("ffn_gate_inp", "position_embd")  # routers, whose best experts may be close, and positions
+_WITHOUT_ATTENTION = {"llama": "deci"}  # architectures of llama.cpp with a number of heads per block, by model type
 
 
 def export_gguf(
@@ -45,71 +49,77 @@ def export_gguf(
     tokenizer: str | Path | None = None,
     dtype: str = "f32",
     skip_zeroed_attention: bool = True,
-) -> Architecture:
-    """Export a compressed Llama to one GGUF file, atomically.
+) -> str:
+    """Export a plain model to one GGUF file, atomically.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        ``LlamaForCausalLM`` without splices, except linear maps of the normalized state that replace attentions
-        (`NormedLinearReplacement`).
+        Causal language model without splices. In a ``LlamaForCausalLM``, linear maps of the normalized state may
+        replace attentions (`NormedLinearReplacement`).
     file : str or Path
         File to write.
     tokenizer : str or Path, optional
         Folder with ``tokenizer.json``; by default the file has no vocabulary.
     dtype : {"f32", "f16", "bf16"}
-        Dtype of the matrices; default ``"f32"``. Vectors are float32.
+        Dtype of the matrices; default ``"f32"``. Vectors, routers of experts and learned positions are float32.
     skip_zeroed_attention : bool
-        Omit zeroed attentions, except that of the first block; default True. With omitted attentions the file is a
-        ``deci`` file.
+        Omit zeroed attentions of a Llama, except that of the first block; default True. With omitted attentions the
+        file is a ``deci`` file.
 
     Returns
     -------
-    {"llama", "deci"}
+    str
         The architecture of the file.
 
     Raises
     ------
     StreamlineError
-        If the model is of another type, or has other splices, or a setting or tokenizer that GGUF does not support.
+        If the architecture is unknown, or the model has splices, or a setting or tokenizer that GGUF does not support.
 
     Examples
     --------
     >>> import tempfile
     >>> from streamline_hooks.testing import tiny_model
-    >>> export_gguf(tiny_model("llama"), f"{tempfile.mkdtemp()}/small.gguf", dtype="f16")
-    'llama'
+    >>> export_gguf(tiny_model("qwen2"), f"{tempfile.mkdtemp()}/small.gguf", dtype="f16")
+    'qwen2'
     """
     import gguf
 
     config: Any = model.config
-    if not hasattr(model, "lm_head") or not hasattr(model, "model"):
-        raise StreamlineError(
-            f"A {type(model).__name__} has no LM head. Expected a LlamaForCausalLM. Load the model as one."
-        )
     check_gguf(config, dtype)
-    linear_attentions = _linear_attentions(model)
+    if model.get_output_embeddings() is None:
+        raise StreamlineError(
+            f"A {type(model).__name__} has no LM head. Expected a causal language model. Load it with "
+            "AutoModelForCausalLM."
+        )
+    model_type = type(config).model_type
+    architecture, without_attention = ARCHITECTURES[model_type], _WITHOUT_ATTENTION.get(model_type)
+    linear_attentions = _linear_attentions(model) if without_attention is not None else {}
     if not linear_attentions:
         check_no_splices(model)
-    blocks = list(model.model.layers)
+    blocks: list[Any] = list(find_stack(model).blocks)
     # llama.cpp reads the head size from the first block, which therefore keeps its attention even if it is zeroed.
-    is_zeroed = [skip_zeroed_attention and k > 0 and _is_zero(block.self_attn.o_proj) for k, block in enumerate(blocks)]
+    omits = skip_zeroed_attention and without_attention is not None
+    is_zeroed = [omits and k > 0 and _is_zero(block.self_attn.o_proj) for k, block in enumerate(blocks)]
     has_attention = [k not in linear_attentions and not zeroed for k, zeroed in enumerate(is_zeroed)]
-    architecture: Architecture = "llama" if all(has_attention) else "deci"
+    name = architecture.name if all(has_attention) else str(without_attention)
     with atomic_file(file) as temporary_path:
-        writer = gguf.GGUFWriter(temporary_path, architecture)
-        _write_settings(writer, config, has_attention, linear_attentions, architecture)
-        _write_vocabulary(writer, None if tokenizer is None else Path(tokenizer), config.vocab_size)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(blocks))
-        for name, tensor in _tensors(model, has_attention, linear_attentions):
-            stem, _, suffix = name.rpartition(".")
-            gguf_name = name if name == "rope_freqs.weight" else f"{names.get_name(stem)}.{suffix}"
-            _add(writer, gguf_name, tensor, _DTYPES[dtype] if tensor.ndim > 1 else torch.float32)
+        writer = gguf.GGUFWriter(temporary_path, name)
+        write_settings(writer, architecture, config)
+        _write_sizes(writer, config, has_attention, linear_attentions)
+        write_vocabulary(writer, None if tokenizer is None else Path(tokenizer), config.vocab_size, _end_tokens(model))
+        known = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+        names = gguf.get_tensor_name_map(known[architecture.name], len(blocks))
+        for own_name, tensor in _tensors(model, architecture, has_attention, linear_attentions):
+            gguf_name = _gguf_name(names, own_name)
+            is_matrix = tensor.ndim > 1 and not any(part in gguf_name for part in _PRECISE)
+            _add(writer, gguf_name, tensor, _DTYPES[dtype] if is_matrix else torch.float32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=True)
         writer.close()
-    return architecture
+    return name
 
 
 def check_gguf(config: Any, dtype: str = "f32") -> None:
@@ -119,20 +129,27 @@ def check_gguf(config: Any, dtype: str = "f32") -> None:
             "Exporting to GGUF needs the package gguf, which is not installed. Install the extra `gguf`: pip "
             'install "streamline_hooks[gguf]"'
         )
-    architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Streamlined")
-    model_types = {config.model_type, getattr(config, "base_model_type", "")}
-    if "llama" not in model_types or architecture not in ("", "LlamaForCausalLM"):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = type(config).model_type  # with splices, that of the original
+    model_class = (getattr(config, "architectures", None) or [""])[0].removeprefix("Streamlined")
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if model_type not in ARCHITECTURES or model_class not in ("", expected):
         raise StreamlineError(
-            f"A {architecture or config.model_type} cannot be exported to GGUF here. Expected a LlamaForCausalLM. "
-            "Convert a plain checkpoint of another architecture with convert_hf_to_gguf.py of llama.cpp."
+            f"A {model_class or expected or model_type} cannot be exported to GGUF here. Expected a causal language "
+            f"model of type {', '.join(ARCHITECTURES)}. If llama.cpp supports the architecture, export a plain "
+            "checkpoint and convert it with llama.cpp: python convert_hf_to_gguf.py FOLDER"
         )
     if dtype not in _DTYPES:
         raise StreamlineError(f"dtype={dtype!r} is unknown. Expected one of {', '.join(_DTYPES)}. Choose one.")
-    for name, value in _SETTINGS.items():
-        if getattr(config, name, value) != value:
-            raise StreamlineError(
-                f"{name}={getattr(config, name)!r} cannot be exported to GGUF. Expected {value!r}. Export to ONNX."
-            )
+    check_config(ARCHITECTURES[model_type], config)
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the tokens at which generation with Transformers stops."""
+    ids = [getattr(config, "eos_token_id", None) for config in (model.generation_config, model.config)]
+    ends: Any = next((value for value in ids if value is not None), [])
+    return [ends] if isinstance(ends, int) else list(ends)
 
 
 def _is_zero(projection: nn.Module) -> bool:
@@ -166,96 +183,51 @@ def _linear_attentions(model: PreTrainedModel) -> dict[int, NormedLinearReplacem
     return linear_attentions
 
 
-def _write_settings(
-    writer: gguf.GGUFWriter,
-    config: Any,
-    has_attention: list[bool],
-    linear_attentions: Mapping[int, nn.Module],
-    architecture: Architecture,
+def _write_sizes(
+    writer: gguf.GGUFWriter, config: Any, has_attention: list[bool], linear_attentions: Mapping[int, nn.Module]
 ) -> None:
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    rope, rope_type, theta, head_size = _rope_parameters(config)
-    if rope_type not in ("default", "linear", "llama3"):
-        raise StreamlineError(
-            f"Rotary embeddings of type {rope_type!r} cannot be exported to GGUF. Expected default, linear or llama3. "
-            "Export to ONNX."
-        )
-    writer.add_name(config.name_or_path.rpartition("/")[2] or "model")
-    writer.add_block_count(len(has_attention))
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(theta)
-    writer.add_rope_dimension_count(head_size)
-    writer.add_key_length(head_size)
-    writer.add_value_length(head_size)
-    if rope_type == "linear":
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    if architecture == "llama":
+    """Add the numbers of heads and the inner width, for each block if blocks differ."""
+    heads, groups, inner = config.num_attention_heads, key_heads(config), inner_size(config)
+    if all(has_attention):
         writer.add_head_count(heads)
-        writer.add_head_count_kv(key_heads)
-        writer.add_feed_forward_length(config.intermediate_size)
-    else:
-        writer.add_head_count(
-            [heads if present or k in linear_attentions else 0 for k, present in enumerate(has_attention)]
-        )
-        writer.add_head_count_kv([key_heads if present else 0 for present in has_attention])
-        writer.add_feed_forward_length([config.intermediate_size] * len(has_attention))
+        writer.add_head_count_kv(groups)
+        writer.add_feed_forward_length(inner)
+        return
+    writer.add_head_count([heads if p or k in linear_attentions else 0 for k, p in enumerate(has_attention)])
+    writer.add_head_count_kv([groups if present else 0 for present in has_attention])
+    writer.add_feed_forward_length([inner] * len(has_attention))
 
 
 def _tensors(
-    model: Any, has_attention: list[bool], linear_attentions: Mapping[int, NormedLinearReplacement]
+    model: PreTrainedModel,
+    architecture: GGUFArchitecture,
+    has_attention: list[bool],
+    linear_attentions: Mapping[int, NormedLinearReplacement],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights with their names in Transformers, in the layout of GGUF."""
-    config = model.config
-    key_heads = config.num_key_value_heads or config.num_attention_heads
-    heads = {"q_proj": config.num_attention_heads, "k_proj": key_heads}
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    for name, weight in model.state_dict().items():
-        parts = name.split(".")
-        if (tied and name == "lm_head.weight") or {BEFORE, AFTER} & set(parts):
+    """Yield the weights with their names in Transformers, without those of omitted attentions."""
+    path = f"{find_stack(model).path}."
+    for name, weight in weights_of(model, architecture):
+        inside = name.removeprefix(path).split(".") if name.startswith(path) else []
+        if {BEFORE, AFTER} & set(inside):
             continue
-        if parts[1] == "layers" and not has_attention[int(parts[2])] and parts[3] in ("self_attn", "input_layernorm"):
+        if inside and not has_attention[int(inside[0])] and inside[1] in ("self_attn", "input_layernorm"):
             continue
-        if parts[-2] in heads:
-            weight = _interleaved(weight, heads[parts[-2]])
         yield name, weight
     for k, module in linear_attentions.items():
-        yield f"model.layers.{k}.input_layernorm.weight", module.norm.weight
-        yield f"model.layers.{k}.self_attn.o_proj.weight", module.projection.weight
-    frequencies = _llama3_frequencies(config)
-    if frequencies is not None:
-        yield "rope_freqs.weight", frequencies
+        yield f"{path}{k}.input_layernorm.weight", module.norm.weight
+        yield f"{path}{k}.self_attn.o_proj.weight", module.projection.weight
 
 
-def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head for llama.cpp, which rotates neighboring pairs instead of halves."""
-    halves: Tensor = weight.unflatten(0, (heads, 2, -1))
-    return halves.transpose(1, 2).reshape(weight.shape)
-
-
-def _llama3_frequencies(config: Any) -> Tensor | None:
-    """Return the divisor of each rotary frequency for rope type llama3, else None."""
-    _, kind, theta, size = _rope_parameters(config)
-    if kind != "llama3":
-        return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    plain = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return (plain / scaled.double()).float()
-
-
-def _rope_parameters(config: Any) -> tuple[dict[str, Any], str, float, int]:
-    """Return the rotary parameters, their type, their base and the head size."""
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind, theta = rope.get("rope_type") or rope.get("type", "default"), getattr(config, "rope_theta", 10_000.0)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return rope, kind, rope.get("rope_theta", theta), size
+def _gguf_name(names: gguf.TensorNameMap, name: str) -> str:
+    """Return the name of a weight in a file."""
+    if name == "rope_freqs.weight":
+        return name
+    stem, _, suffix = name.rpartition(".")
+    if (known := names.get_name(stem)) is None:
+        raise StreamlineError(
+            f"The weight {name} has no name in GGUF. Expected the weights of the original architecture. Export to ONNX."
+        )
+    return f"{known}.{suffix}"
 
 
 def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -270,93 +242,3 @@ def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, dtype: torch.dtype)
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
     else:
         writer.add_tensor(name, tensor.numpy())
-
-
-def _write_vocabulary(writer: gguf.GGUFWriter, folder: Path | None, size: int) -> None:
-    """Write the tokenizer; token ids of the model without a token become unused tokens."""
-    import gguf
-
-    if folder is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise StreamlineError(f"{file} is missing. Save a fast tokenizer there with tokenizer.save_pretrained.")
-    tokenizer: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
-    if tokenizer["model"].get("type") != "BPE":
-        raise StreamlineError(
-            f"{file} contains a {tokenizer['model'].get('type')} tokenizer. Expected BPE. Use a tokenizer of Llama."
-        )
-    if tokenizer["model"].get("byte_fallback"):
-        _write_sentencepiece(writer, folder, tokenizer, size)
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pretokenizer(tokenizer, file))
-        tokens, types = _tokens(tokenizer, size)
-        writer.add_token_list(tokens)
-        writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=not tokenizer["model"].get("byte_fallback"), n_vocab=size).add_to_gguf(
-        writer, quiet=True
-    )
-
-
-def _write_sentencepiece(writer: gguf.GGUFWriter, folder: Path, tokenizer: dict[str, Any], size: int) -> None:
-    """Write a vocabulary with byte fallback, as in Llama 2."""
-    import gguf
-
-    rows = list(gguf.LlamaHfVocab(folder).all_tokens())
-    if len(rows) > size:
-        raise StreamlineError(
-            f"The tokenizer has {len(rows)} tokens, the model only {size}. Pass the tokenizer of this model."
-        )
-    rows += [(f"[PAD{k}]".encode(), -10_000.0, gguf.TokenType.UNUSED) for k in range(len(rows), size)]
-    steps = tokenizer.get("normalizer") or {}
-    parts = steps.get("normalizers", [steps])
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([token for token, _, _ in rows])
-    writer.add_token_scores([score for _, score, _ in rows])
-    writer.add_token_types([int(token_type) for _, _, token_type in rows])
-    writer.add_add_space_prefix(
-        any(part.get("type") == "Prepend" for part in parts)
-        or (tokenizer.get("pre_tokenizer") or {}).get("prepend_scheme", "never") != "never"
-    )
-
-
-def _pretokenizer(tokenizer: dict[str, Any], file: Path) -> str:
-    """Return the name of the pre-tokenizer in llama.cpp."""
-    steps = tokenizer.get("pre_tokenizer") or {}
-    parts = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds = [part.get("type") for part in parts]
-    merges_all = not tokenizer["model"].get("ignore_merges", False)
-    last = parts[-1] if parts[-1].get("type") == "ByteLevel" and not parts[-1].get("add_prefix_space") else {}
-    uses_regex = last.get("use_regex", True)
-    if last and merges_all and uses_regex and kinds == ["ByteLevel"]:
-        return "gpt-2"
-    if last and merges_all and uses_regex and kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
-        return "smollm"
-    if last and not uses_regex and kinds == ["Split", "ByteLevel"]:
-        name, keeps_tokens = _SPLITS.get(str((parts[0].get("pattern") or {}).get("Regex")), ("", False))
-        if name and keeps_tokens != merges_all:
-            return name
-    raise StreamlineError(
-        f"{file}: the pre-tokenizer {', '.join(map(str, kinds))} is unknown. Expected one of Llama, SmolLM2, Qwen2 or "
-        "GPT-2. Convert the folder with convert_hf_to_gguf.py of llama.cpp."
-    )
-
-
-def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Return all tokens by id, and their types."""
-    import gguf
-
-    tokens_by_id = {number: token for token, number in tokenizer["model"]["vocab"].items()}
-    types_by_id = dict.fromkeys(tokens_by_id, gguf.TokenType.NORMAL)
-    for added in tokenizer.get("added_tokens", []):
-        tokens_by_id[added["id"]] = added["content"]
-        types_by_id[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-    if max(tokens_by_id) >= size:
-        raise StreamlineError(
-            f"The tokenizer has token {max(tokens_by_id)}, the model only {size} tokens. Pass the tokenizer of this "
-            "model."
-        )
-    tokens = [tokens_by_id.get(number, f"[PAD{number}]") for number in range(size)]
-    return tokens, [int(types_by_id.get(number, gguf.TokenType.UNUSED)) for number in range(size)]

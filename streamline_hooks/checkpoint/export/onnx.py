@@ -1,7 +1,8 @@
-"""Export a compressed model, including splices, to ONNX."""
+"""Export a compressed model, including splices, to ONNX with a cache of keys and values."""
 
 from __future__ import annotations
 
+import inspect
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ from streamline_hooks.modeling import inference
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_TRACED = (2, 3, 5)  # sequences, cached tokens and new tokens of the traced call
+
 
 def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
-    """Export the forward pass from token ids to logits, for any batch size and length, without a KV cache.
+    """Export the forward pass from token ids to logits, for any batch size and length, with a KV cache.
 
     Parameters
     ----------
@@ -30,13 +33,16 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     Returns
     -------
     Path
-        The file. Its inputs are ``input_ids`` and ``attention_mask``, int64 of shape (batch, tokens); its output is
-        ``logits``.
+        The file. Its inputs are ``input_ids`` and, if the model has them, ``position_ids``, int64 of shape (batch,
+        tokens); ``attention_mask``, int64 of shape (batch, cached + new tokens); and for each block k
+        ``past_key_values.k.key`` and ``.value``, float of shape (batch, key-value heads, cached tokens, head size),
+        with 0 cached tokens in the first call. Its outputs are ``logits`` and for each block ``present.k.key`` and
+        ``.value``, the inputs of the next call. The names are those of Hugging Face Optimum.
 
     Raises
     ------
     StreamlineError
-        If a required package is missing.
+        If a required package is missing, or the cache has more than keys and values, such as a recurrent state.
 
     Examples
     --------
@@ -45,18 +51,24 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     """
     check_onnx()
     check_no_prompt_skip(model)
-    target = Path(file)
-    ids = torch.ones(2, 8, dtype=torch.long)
-    device = next(model.parameters()).device
-    shape: Any = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    target, device = Path(file), next(model.parameters()).device
+    batch, cached, new = _TRACED
+    ids = torch.ones(batch, new, dtype=torch.long, device=device)
     with inference(model):
+        past = _keys_and_values(model(ids[:, :cached], use_cache=True), type(model).__name__)
+        inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": ids.new_ones(batch, cached + new)}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            inputs["position_ids"] = torch.arange(cached, cached + new, device=device).expand(batch, -1).contiguous()
+        dynamic: Any = torch.export.Dim.DYNAMIC
+        shapes: dict[str, Any] = {name: {0: dynamic, 1: dynamic} for name in inputs}
+        names = [f"{k}.{part}" for k in range(len(past) // 2) for part in ("key", "value")]
         program = torch.onnx.export(
-            _Logits(model).eval(),
-            (ids.to(device), torch.ones_like(ids).to(device)),
+            _WithCache(model).eval(),
+            kwargs={"inputs": inputs, "past": past},
             dynamo=True,
-            input_names=["input_ids", "attention_mask"],
-            output_names=["logits"],
-            dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+            input_names=[*shapes, *(f"past_key_values.{name}" for name in names)],
+            output_names=["logits", *(f"present.{name}" for name in names)],
+            dynamic_shapes={"inputs": shapes, "past": [{0: dynamic, 2: dynamic}] * len(past)},
             verbose=False,
         )
     assert program is not None
@@ -75,14 +87,31 @@ def check_onnx() -> None:
         )
 
 
-class _Logits(nn.Module):
-    """Wrapper that returns only the logits of a model."""
+class _WithCache(nn.Module):
+    """A model with keys and values as plain inputs and outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits of shape (batch, tokens, vocabulary)."""
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return logits
+    def forward(self, inputs: dict[str, Tensor], past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return logits of shape (batch, tokens, vocabulary), and the keys and values of all tokens by block."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for k in range(0, len(past), 2):
+            cache.update(past[k], past[k + 1], k // 2)
+        output = self.model(**inputs, past_key_values=cache, use_cache=True)
+        return output.logits, _keys_and_values(output, type(self.model).__name__)
+
+
+def _keys_and_values(output: Any, name: str) -> list[Tensor]:
+    """Return keys and values of each block in turn."""
+    cache = getattr(output, "past_key_values", None)
+    layers = getattr(cache, "layers", None)
+    if not layers or any(not isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
+        raise StreamlineError(
+            f"The cache of a {name} has other contents than keys and values. Expected a model with attention in each "
+            "block. Serve it with Transformers."
+        )
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
