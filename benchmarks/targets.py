@@ -64,7 +64,8 @@ def main() -> None:
         print(key, f"predicted {row['predicted']:.5g}, error {row['error']:+.1%}", flush=True)
         content["largest_error"] = max(abs(row["error"]) for row in content["rows"].values())
         write(FILE, content)
-        FILE.with_suffix(".md").write_text(table(content))
+    write(FILE, content)
+    FILE.with_suffix(".md").write_text(table(content))
     print(table(content))
     if content["largest_error"] > TARGET_TOLERANCE:
         raise SystemExit(
@@ -116,9 +117,9 @@ def table(content: dict[str, Any]) -> str:
     lines = [
         "SmolLM2-135M, float32: the fewest of 30 blocks whose removal meets a target, and its value predicted before "
         "and measured after the compression. Prompts of 512 tokens and 16 new tokens, CPU with "
-        f"{content['machine']['threads']} threads. The largest error of "
-        f"{1 + max(row['repeat'] for row in content['rows'].values())} compressions is shown, for seconds that of the "
-        "ratio to the original, timed in alternation.",
+        f"{content['machine']['threads']} threads. Compressions per target: "
+        f"{1 + max(row['repeat'] for row in content['rows'].values())}; the largest error is shown, for seconds that "
+        "of the ratio to the original, timed in alternation.",
         "",
         "| replacement | target | value | blocks removed | original | predicted | measured | error |",
         "|---" * 8 + "|",
