@@ -88,9 +88,9 @@ $(VENV)-oldest/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@$(call with_signs_of_life,$(VENV)-oldest/bin/python -m pip install -e . "$(OLDEST)" $(OLDEST_NEEDS))
 	@touch $@
 
-# Engines that run what is exported, and a quantizer, which warns wherever it is imported. mlx-lm requires a wheel for
-# Macs; mlx-cpu has the same module. vLLM requires other versions than the rest.
-ENGINES := xllamacpp onnx onnxscript onnxruntime torchao mlx-cpu
+# Engines that run what is exported, and a quantizer, which warns wherever it is imported. mlx-lm requires the wheel of
+# mlx for Macs. vLLM requires other versions than the rest.
+ENGINES := xllamacpp onnx onnxscript onnxruntime torchao "mlx[cpu]"
 
 engines: export OMP_NUM_THREADS ?= 1
 engines: $(VENV)-engines/.stamp $(VENV)-vllm/.stamp ## Run models in llama.cpp, vLLM, MLX and ONNX Runtime, and quantised (an hour)

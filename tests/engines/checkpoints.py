@@ -68,7 +68,7 @@ def _tiny(model_type: str) -> Any:
             parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
     model.generation_config.eos_token_id = model.config.eos_token_id = 2
     with LayerSurgeon(model) as surgeon:
-        surgeon.remove(1)
+        surgeon.remove([1])
         surgeon.commit()
     return model, None
 

@@ -123,10 +123,10 @@ def in_mlx(folder: Path, prompts: Tokens, never: list[int], count: int) -> Token
     bias = mx.zeros(model.args.vocab_size)
     bias[mx.array(never)] = -float("inf")
     generator = BatchGenerator(
-        model, max_tokens=count, stop_tokens=set(), sampler=lambda scores: mx.argmax(scores + bias, axis=-1)
+        model, max_tokens=count, stop_tokens=[], sampler=lambda scores: mx.argmax(scores + bias, axis=-1)
     )
     tokens: dict[int, list[int]] = {uid: [] for uid in generator.insert(prompts, [count] * len(prompts))}
-    while responses := generator.next():
+    while responses := generator.next_generated():
         for response in responses:
             tokens[response.uid].append(int(response.token))
     return list(tokens.values())

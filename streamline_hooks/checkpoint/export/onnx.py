@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +56,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     target, device = Path(file), next(model.parameters()).device
     batch, cached, new = _TRACED
     ids = torch.ones(batch, new, dtype=torch.long, device=device)
-    with inference(model):
+    with inference(model), _batched_experts(model):
         past = _keys_and_values(model(ids[:, :cached], use_cache=True), type(model).__name__)
         inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": ids.new_ones(batch, cached + new)}
         if "position_ids" in inspect.signature(model.forward).parameters:
@@ -75,6 +77,20 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     with atomic_file(target) as temporary_path:
         program.save(temporary_path)
     return target
+
+
+@contextmanager
+def _batched_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Run the experts of a mixture by an operator that ONNX has."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None:
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def check_onnx() -> None:

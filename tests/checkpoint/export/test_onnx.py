@@ -79,6 +79,18 @@ def test_generation_with_the_cache(kind: str, family: str, tmp_path: Path) -> No
     assert torch.equal(generated, expected)
 
 
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    model: Any = any_model("mixtral")
+    before = model.config._experts_implementation
+    ids = tokens(2, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(9).expand(2, -1)}
+    with torch.no_grad():
+        expected = model(ids).logits
+    logits = run(session_of(model, tmp_path), batch)[0]
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)
+    assert model.config._experts_implementation == before
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "recurrent_gemma"])
 def test_a_recurrent_state_is_refused(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="it is in the environment of `make engines` only")
