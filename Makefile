@@ -96,7 +96,7 @@ engines: export OMP_NUM_THREADS ?= 1
 engines: $(VENV)-engines/.stamp $(VENV)-vllm/.stamp ## Run models in llama.cpp, vLLM, MLX and ONNX Runtime, and quantised (an hour)
 	$(VENV)-engines/bin/python -m pytest tests/checkpoint/export tests/world/test_like_any_other.py $(PYTEST_ARGS)
 	$(VENV)-vllm/bin/python -m pytest tests/engines $(PYTEST_ARGS)
-	$(VENV)-engines/bin/python -m tests.engines.matrix --folder build/engines --python vllm=$(VENV)-vllm/bin/python
+	$(VENV)-engines/bin/python -m tests.engines.engine_matrix --folder build/engines --python vllm=$(VENV)-vllm/bin/python
 
 $(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@echo "Installing this library and $(ENGINES) into $(VENV)-engines."

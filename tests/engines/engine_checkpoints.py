@@ -1,4 +1,4 @@
-"""The checkpoints of docs/engines.md, written to folders: python -m tests.engines.checkpoints FOLDER [NAME ...]."""
+"""The checkpoints of docs/engines.md: python -m tests.engines.engine_checkpoints FOLDER [NAME ...]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generate greedily in one engine: python -m tests.engines.run ENGINE CHECKPOINT.
+"""Generate greedily in one engine: python -m tests.engines.run_engine ENGINE CHECKPOINT.
 
 Prints ``{"tokens": [...], "engine": NAME AND VERSION}`` as JSON: for each prompt of the checkpoint, which all run in
 one batch, its new tokens. The environment has to contain the engine and this library.

@@ -1,6 +1,6 @@
 """Run checkpoints in every engine and write docs/engines.md.
 
-    python -m tests.engines.matrix --folder FOLDER [--python ENGINE=PYTHON ...] [--only NAME ...] [--again]
+    python -m tests.engines.engine_matrix --folder FOLDER [--python ENGINE=PYTHON ...] [--only NAME ...] [--again]
 
 Checkpoints are written to FOLDER once. Each engine runs in a process of its own, with the Python of its environment. A
 cell passes if the new tokens of all prompts, which run in one batch, are those of Transformers; for a checkpoint in
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.engines.checkpoints import CHECKPOINTS, NEW_TOKENS, PROMPT_TOKENS, write_checkpoint
+from tests.engines.engine_checkpoints import CHECKPOINTS, NEW_TOKENS, PROMPT_TOKENS, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE, PAGE = Path(__file__).with_name("table.json"), ROOT / "docs" / "engines.md"
@@ -54,7 +54,7 @@ def main() -> None:
 
 def answer(folder: Path, engine: str, python: str) -> dict[str, Any]:
     """Return the tokens of an engine, or the last line of its error."""
-    command = [python, "-m", "tests.engines.run", engine, str(folder)]
+    command = [python, "-m", "tests.engines.run_engine", engine, str(folder)]
     try:
         process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
