@@ -81,7 +81,7 @@ def check_config(architecture: GGUFArchitecture, config: Any) -> None:
         )
     if architecture.rope is not None:
         rope = rope_parameters(config)
-        accepted_types = _ROPE_TYPES if architecture.name in ("llama", "deci", "arcee") else _ROPE_TYPES[:2]
+        accepted_types = _ROPE_TYPES if architecture.name in ("llama", "arcee") else _ROPE_TYPES[:2]
         if rope["rope_type"] not in accepted_types:
             raise _unsupported(f"Rotary embeddings of type {rope['rope_type']!r}", ", ".join(accepted_types))
         if not architecture.has_partial_rotary and _rotary_share(config) != 1.0:
