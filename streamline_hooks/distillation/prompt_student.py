@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.core import IGNORE_INDEX, Batch, StreamlineError, padding_mask, validate_arguments
 from streamline_hooks.distillation.student import Student
-from streamline_hooks.modeling import Task, get_logits
+from streamline_hooks.modeling import Task, get_logits, logits_to_keep, select_tokens
 from streamline_hooks.surgery import PromptSkip, resume
 
 
@@ -24,6 +24,10 @@ class _Continuation(Task):
 
     def answer_mask(self, batch: Batch | Tensor) -> Tensor:
         return _real_tokens(batch) & ~prompt_of(batch)
+
+    def answers(self, output: Any, batch: Batch | Tensor) -> Tensor:
+        logits, mask = get_logits(output), self.answer_mask(batch)
+        return select_tokens(logits, mask[:, -logits.shape[1] :])  # a model may give only the last logits
 
 
 class PromptSkipStudent(Student):
@@ -107,7 +111,7 @@ class PromptSkipStudent(Student):
         """Run the model from the window on the states that enter it, (batch, tokens, features)."""
         prompt, real = prompt_of(batch), _real_tokens(batch)
         with self.applied():
-            output = self.skip.resume(entrance.clone(), _without_labels(batch), prompt)
+            output = self.skip.resume(entrance.clone(), self._inputs(batch), prompt)
         first = real & (real.cumsum(dim=1) == 1)
         if torch.is_grad_enabled() and not bool((prompt & ~first).any()):  # no map ran
             zero = sum(parameter.sum() * 0 for parameter in self._maps.parameters())
@@ -118,8 +122,18 @@ class PromptSkipStudent(Student):
         """Return the answers of the full model for outputs of its last block, without a graph."""
         assert exit_ is not None
         with torch.no_grad():
-            output = resume(self.model, len(self.stack), exit_.clone(), _without_labels(batch), stack=self.stack.path)
+            output = resume(self.model, len(self.stack), exit_.clone(), self._inputs(batch), stack=self.stack.path)
         return self.task.answers(output, batch)
+
+    def _inputs(self, batch: Batch | Tensor) -> dict[str, Any]:
+        """Return the arguments of the forward, which limit the LM head to the continuation if the model can.
+
+        The labels are left out, because the model would compute a loss.
+        """
+        assert not isinstance(batch, Tensor)
+        columns = self.task.answer_mask(batch).any(dim=0)  # type: ignore[union-attr]
+        kept = len(columns) - int(columns.int().argmax())
+        return {name: value for name, value in batch.items() if name != "labels"} | logits_to_keep(self.model, kept)
 
 
 @validate_arguments()
@@ -166,8 +180,3 @@ def _real_tokens(batch: Batch | Tensor) -> Tensor:
     assert not isinstance(batch, Tensor)
     mask = padding_mask(batch)
     return torch.ones_like(batch["labels"], dtype=torch.bool) if mask is None else mask.bool()
-
-
-def _without_labels(batch: Batch | Tensor) -> Batch | Tensor:
-    """Leave out the labels, for which the model would compute a loss."""
-    return batch if isinstance(batch, Tensor) else {name: value for name, value in batch.items() if name != "labels"}

@@ -26,7 +26,7 @@ from streamline_hooks.core import (
     validate_arguments,
 )
 from streamline_hooks.distillation import PromptSkipStudent, TrainingResult, prompt_of, train
-from streamline_hooks.modeling import Task, find_stack, inference, summed_kl
+from streamline_hooks.modeling import Task, find_stack, inference, logits_to_keep, select_tokens, summed_kl
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.prepare import CompressionData, Preparation, parts_of, prepare_compression
 from streamline_hooks.repair import fit_windows
@@ -296,12 +296,15 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
         for kind, batch in continuations:
             prompt, mask = prompt_of(batch), batch["attention_mask"]
             scored = mask.bool() & ~prompt
+            width = scored.shape[1] - int(scored.any(dim=0).int().argmax())  # from the first continuation on
+            scored = scored[:, -width:]
             inputs = prepare_inputs(model, {"input_ids": batch["input_ids"], "attention_mask": mask})
-            reference = model(**inputs).logits[scored].float().log_softmax(dim=-1)
+            inputs |= logits_to_keep(model, width)
+            reference = select_tokens(model(**inputs).logits[:, -width:], scored).float().log_softmax(dim=-1)
             bar.update(int(mask.sum()))
             for skip, nats in zip(skips, sums, strict=True):
                 with skip, skip.marked(prompt):
-                    nats[kind] += summed_kl(reference, model(**inputs).logits[scored])
+                    nats[kind] += summed_kl(reference, select_tokens(model(**inputs).logits[:, -width:], scored))
                 bar.update(int(mask.sum()))
             tokens[kind] += len(reference)
     return [
@@ -329,8 +332,9 @@ def _training_batches(batches: Sequence[Batch | Tensor], seed: int) -> Iterator[
         if number % 2:
             yield _repeated([row[: len(row) // 2] for row in rows])
         else:
-            shares = torch.rand(len(rows), generator=generator).mul(1 - 2 * _LEAST).add(_LEAST).tolist()
-            yield _continuation(rows, [int(len(row) * share) for row, share in zip(rows, shares, strict=True)])
+            # One share for the batch: a block runs the columns that belong to a continuation in any sequence.
+            share = _LEAST + (1 - 2 * _LEAST) * float(torch.rand((), generator=generator))
+            yield _continuation(rows, [int(len(row) * share) for row in rows])
 
 
 def _real_rows(batch: Batch | Tensor) -> list[Tensor]:

@@ -125,6 +125,20 @@ def test_training_lowers_the_distance_and_changes_only_the_maps() -> None:
         model.generate(BATCHES[0]["input_ids"], max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
+def test_the_head_and_the_blocks_run_only_for_the_continuation() -> None:
+    model, seen = tiny_model("llama"), {"head": set(), "mlp": set()}
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen["head"].add(args[0].shape[1]))
+    mlp = model.model.layers[WINDOW.start].mlp
+    mlp.register_forward_pre_hook(lambda _, args: seen["mlp"].add((args[0].shape[1], torch.is_grad_enabled())))
+    student = student_of(model)
+    seen["mlp"].clear()  # of the probe
+    train(student, BATCHES[:2], BATCHES[:1], QUICK)
+    last = BATCHES[0]["input_ids"].shape[1]
+    # The first of 12 tokens, and from the last one of the prompt of 6 on.
+    assert seen["head"] == {7} and {count for count, trains in seen["mlp"] if trains} == {8}
+    assert {count for count, trains in seen["mlp"] if not trains} == {last, 8}  # the teacher runs all of them
+
+
 def test_one_map_for_several_blocks_is_trained_once_per_step() -> None:
     model, inputs = tiny_model("llama"), batch()
     (shared,) = random_maps(1, WIDTH)
