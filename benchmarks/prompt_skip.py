@@ -1,16 +1,18 @@
 """Measure tasks that need their prompt, with blocks skipped for prompts, on SmolLM2-135M-Instruct.
 
     python -m benchmarks.prompt_skip [--data FOLDER] [--windows 20-29,22-29] [--items 60] [--draw development]
-        [--variants trained,fitted,skipped,mapped,removed] [--train-tokens 200704] [--learning-rate 0.001]
+        [--variants trained,fitted,skipped,mapped,removed,best,streamline] [--train-tokens 200704]
+        [--learning-rate 0.0001]
 
-For each window up to five variants are scored greedily on synthetic problems and on the last words of held-out
-passages, and on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with
-fitted maps or without maps, or the window is removed with a fitted map or without one. A row has the accuracy of each
-task relative to the original, the KL divergence by which `fit_prompt_skip` chooses windows, and the time of a prompt of
-512 tokens, in pairs with the original. Windows and settings are chosen on the draw ``development``, which has problems
-only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have other
-problems, and seed the training. The rows are saved to
-``benchmarks/results/prompt_skip.json`` and ``.md``, and those that exist are not measured again.
+For each window the variants are scored greedily on synthetic problems and on the last words of held-out passages, and
+on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with fitted maps
+or without maps, or the window is removed with a fitted map or without one. For comparison the presets `best` and
+`llm-streamline-layer` remove as many blocks, which they choose, and train on as many tokens. A row has the accuracy of
+each task relative to the original, the KL divergence by which `fit_prompt_skip` chooses windows, and the time of a
+prompt of 512 tokens, in pairs with the original. Windows and settings are chosen on the draw ``development``, which has
+problems only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have
+other problems, passages and questions, and seed the training. Their rows are combined in one table. The rows are saved
+to ``benchmarks/results/prompt_skip.json`` and ``.md``, and those that exist are not measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from benchmarks.quality_scores import CHOICES_AT_ONCE, write
 from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
 from benchmarks.short_answers import answer_tokens, fast_products, problems_of
 from benchmarks.timing import machine
-from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, LayerSurgeon
+from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, LayerSurgeon, Target, compress
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.core import split_into_batches
 from streamline_hooks.evaluation import (
@@ -46,7 +48,7 @@ from streamline_hooks.evaluation import (
     load_tasks,
     solve_problems,
 )
-from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
+from streamline_hooks.pipeline import EvaluationConfig, FittedPromptSkip, fit_prompt_skip
 from streamline_hooks.repair import LinearConfig, fit_windows, insert_replacement
 from streamline_hooks.surgery import PromptSkip
 
@@ -55,13 +57,17 @@ TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens
 SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
 TIMED_TOKENS, TIMED_IDS = 512, (3, 40_000)
 QUESTIONS = ("arc_easy", "copa", "piqa")
+UNMEASURED = EvaluationConfig(speed=False, generation=False)
 VARIANTS = {
     "trained": "skipped, with trained maps",
     "fitted": "skipped, with maps",
     "skipped": "skipped",
     "mapped": "removed, with a map",
     "removed": "removed",
+    "best": "as many blocks removed, `best`",
+    "streamline": "as many blocks removed, LLM-Streamline",
 }
+TRAINED = {"trained", "best", "streamline"}
 
 
 def main() -> None:
@@ -70,9 +76,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=60, help="items per task")
     parser.add_argument("--draw", choices=SEEDS, default="development")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of timed prompts")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="variants of each window")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of each window; all: {', '.join(VARIANTS)}")
     parser.add_argument("--train-tokens", type=int, default=200_704)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the maps")
     options = parser.parse_args()
     content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
     content["machine"] = machine()
@@ -82,7 +88,7 @@ def main() -> None:
     more = split_of(options.data, tokenizer, **TOKENS | {"calibration_tokens": options.train_tokens})
     seed = SEEDS[options.draw] - SEEDS["0"] if options.draw != "development" else 9
     training = DistillationConfig(learning_rate=options.learning_rate, seed=seed)
-    label = f"{options.train_tokens:,} tokens, learning rate {options.learning_rate:g}"
+    rate = "" if options.learning_rate == parser.get_default("learning_rate") else f", rate {options.learning_rate:g}"
 
     def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         key = f"{options.draw}, {options.items} items, {name}"
@@ -113,6 +119,12 @@ def main() -> None:
             row["prefill"] = prefill_ratio(model, variant, options.rounds)
             return row | ({"training": done.training.report()} if done.training else {})
 
+        def compressing(preset: str, count: int = len(window)) -> dict[str, Any]:
+            changed = copy.deepcopy(model)
+            config = CompressionConfig.preset(preset, remove=Target(blocks=count), seed=seed, evaluation=UNMEASURED)
+            result = compress(changed, more, config, tokenizer=tokenizer)
+            return {"tasks": tasks.score(changed), "removed": list(result.plan.removed)}
+
         def removing(repair: bool, window: range = window) -> dict[str, Any]:
             with removed(model, window, split, repair) as changed:
                 return {"tasks": tasks.score(changed)}
@@ -123,9 +135,12 @@ def main() -> None:
             "skipped": lambda: skipping(lambda: replace(fitted(), maps=(None,) * len(fitted().window), kl={})),
             "mapped": lambda: removing(True),
             "removed": lambda: removing(False),
+            "best": lambda: compressing("best"),
+            "streamline": lambda: compressing("llm-streamline-layer"),
         }
         for name in options.variants.split(","):
-            add(f"{text}, {VARIANTS[name]}{f' ({label})' if name == 'trained' else ''}", measures[name])
+            label = f" ({options.train_tokens:,} tokens{rate if name == 'trained' else ''})" if name in TRAINED else ""
+            add(f"{text}, {VARIANTS[name]}{label}", measures[name])
     print(table(content["rows"]))
 
 
@@ -209,37 +224,54 @@ def prefill_ratio(model: Any, variant: _Skipping, rounds: int) -> float:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """Return the rows as Markdown, with accuracies relative to the original of the same draw."""
-    lines = []
-    for group in dict.fromkeys((row["draw"], row["items"]) for row in rows.values()):
-        own = [row for row in rows.values() if (row["draw"], row["items"]) == group]
-        original = next(row for row in own if row["name"] == "original")
-        kinds = list(original["tasks"])
-        accuracy = {kind: _share(original["tasks"][kind]) for kind in kinds}
-        lines += [
-            f"## Draw {group[0]}, {group[1]} items per task",
-            "",
-            "Accuracy of the original: " + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds) + ".",
-            "",
-            f"| blocks | {' | '.join(kinds)} | generation | classification | KL text | KL repeated | prompt time |",
-            f"|{'---|' * (len(kinds) + 6)}",
+    """Return the rows as Markdown: those of the development draw, and the mean over the other draws."""
+    groups: dict[tuple[bool, int], list[dict[str, Any]]] = {}
+    for row in rows.values():
+        groups.setdefault((row["draw"] == "development", row["items"]), []).append(row)
+    return "\n".join(line for (_, items), own in groups.items() for line in _section(own, items))
+
+
+def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
+    """Return the lines of the rows of one or several draws with the same number of items."""
+    originals = {row["draw"]: row["tasks"] for row in rows if row["name"] == "original"}
+    kinds = list(next(iter(originals.values())))
+    accuracy = {kind: statistics.fmean(_share(tasks[kind]) for tasks in originals.values()) for kind in kinds}
+    draws = f"Draw{'s' if len(originals) > 1 else ''} {', '.join(originals)}"
+    lines = [
+        f"## {draws}, {items} items per task{' and draw' if len(originals) > 1 else ''}",
+        "",
+        "Accuracy of the original: " + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds) + ".",
+        "",
+        f"| blocks | draws | {' | '.join(kinds)} | generation | by draw | classification | by draw | KL text "
+        "| KL repeated | prompt time |",
+        f"|{'---|' * (len(kinds) + 9)}",
+    ]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name and row["draw"] in originals]
+        if name == "original" or not own:
+            continue
+        per_draw = [
+            {kind: _share(row["tasks"][kind]) / max(_share(originals[row["draw"]][kind]), 1e-9) for kind in kinds}
+            for row in own
         ]
-        for row in own:
-            if row is original:
-                continue
-            kept = {kind: _share(row["tasks"][kind]) / max(accuracy[kind], 1e-9) for kind in kinds}
+        cells = [", ".join(row["draw"] for row in own) if len(originals) > 1 else own[0]["draw"]]
+        # The sums over draws, so that a task with few right answers in a draw does not dominate.
+        for kind in kinds:
+            before = sum(_share(originals[row["draw"]][kind]) for row in own)
+            cells.append(f"{sum(_share(row['tasks'][kind]) for row in own) / max(before, 1e-9):.0%}")
+        for chooses in (False, True):
             means = [
-                statistics.fmean(values) if values else None
-                for values in (
-                    [value for kind, value in kept.items() if (kind in QUESTIONS) == chooses]
-                    for chooses in (False, True)
-                )
+                statistics.fmean(values)
+                for kept in per_draw
+                if (values := [value for kind, value in kept.items() if (kind in QUESTIONS) == chooses])
             ]
-            kl = [f"{row['kl'][name]:.3f}" if row.get("kl") else "" for name in ("text", "repeated")]
-            cells = [*("" if value is None else f"{value:.0%}" for value in (*kept.values(), *means)), *kl]
-            lines.append(f"| {row['name']} | {' | '.join(cells)} | {row.get('prefill', 1):.2f} |")
-        lines.append("")
-    return "\n".join(lines)
+            cells += [f"{statistics.fmean(means):.0%}" if means else "", ", ".join(f"{mean:.0%}" for mean in means)]
+        for kind in ("text", "repeated"):
+            nats = [row["kl"][kind] for row in own if row.get("kl")]
+            cells.append(f"{statistics.fmean(nats):.3f}" if nats else "")
+        times = [row["prefill"] for row in own if "prefill" in row]
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{statistics.median(times):.2f}' if times else ''} |")
+    return [*lines, ""]
 
 
 def _share(row: str) -> float:

@@ -64,12 +64,13 @@ def test_each_variant_has_a_row_and_is_measured_once(model: nn.Module, monkeypat
     assert names == ["original", *(f"2-3, {name}" for name in prompt_skip.VARIANTS.values())]
     assert all(set(row["tasks"]) == {"copying", "last word", "copa"} for row in rows.values())
     trained, fitted, skipped, *removed = list(rows.values())[1:]
+    assert [len(row["removed"]) for row in removed[-2:]] == [2, 3]  # LLM-Streamline adds a block
     assert trained["training"]["tokens"] > 0 and trained["kl"]["text"] <= fitted["kl"]["text"]
     assert all(row["prefill"] > 0 for row in (trained, fitted, skipped))
     assert not any("prefill" in row for row in removed)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "generate" not in vars(model)
-    assert "| generation | classification |" in prompt_skip.FILE.with_suffix(".md").read_text()
+    assert "| generation | by draw | classification | by draw |" in prompt_skip.FILE.with_suffix(".md").read_text()
     assert "| 2-3, removed |" in prompt_skip.FILE.with_suffix(".md").read_text()
     monkeypatch.setattr(prompt_skip, "fit_prompt_skip", None)  # not called again
     assert run(monkeypatch, "--draw", "0") == rows
