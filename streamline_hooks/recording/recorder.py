@@ -45,6 +45,7 @@ from streamline_hooks.modeling import (
     read_output,
     require_batch_first,
     require_finite,
+    require_whole_state,
     token_mask,
 )
 from streamline_hooks.recording.resolve_sites import resolve_sites
@@ -206,8 +207,9 @@ class HiddenStateRecorder:
         If the model is compiled, a site is unknown, or a block index is out of range. When the recorder is closed: if
         compiled code of the model ran but nothing was recorded.
     UnsupportedSurgery
-        When the recorder is opened: if a site cannot be read. In the first call of a block: if its input and the two
-        contributions do not sum to its output.
+        When the recorder is opened: if a site cannot be read, or blocks pass the hidden state in two parts, as vLLM's
+        own models do (``model_impl="transformers"`` of vLLM is recorded). In the first call of a block: if its input
+        and the two contributions do not sum to its output.
 
     Examples
     --------
@@ -281,6 +283,7 @@ class HiddenStateRecorder:
             raise StreamlineError("This recorder is already open. Create a second recorder to record twice.")
         refuse_compiled(self.model, "record the hidden states of")
         refuse_replicated(self.model, "record the hidden states of")
+        require_whole_state(self.stack[0])
         if not isinstance(self._tokens, str) or self._tokens != "all":
             require_batch_first(self.stack[0])
         accesses = self._other_sites()

@@ -43,6 +43,13 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return [(output or language, text) for output, language, text in BLOCK.findall(page.read_text()) if language]
 
 
+ENGINES = {
+    "serve_llama_cpp.md": "xllamacpp",
+    "serve_mlx.md": "mlx_lm",
+    "serve_onnx.md": "onnxruntime",
+    "serve_vllm.md": "vllm",
+}
+"""Pages that run in an environment of ``make engines`` with a package, and skip elsewhere."""
 LONG = {"compress_and_heal.md", "quick_start.md", "serve.md", "several_processes.md"}
 RUN = [
     pytest.param(page, marks=pytest.mark.long if page.name in LONG else (), id=str(page.relative_to(ROOT)))
@@ -66,6 +73,8 @@ def test_blocks_run(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if page.name in ENGINES:
+        pytest.importorskip(ENGINES[page.name], reason="the engine is in an environment of `make engines` only")
     monkeypatch.chdir(tmp_path)
     if "smollm2" in page.read_text():
         use_loaded_model(monkeypatch, *request.getfixturevalue("smollm2"))

@@ -31,11 +31,11 @@ vllm = pytest.importorskip("vllm", reason="vLLM is in an environment of `make en
 PROMPTS = [[*range(5, 39), 40 + k, 50 - k] for k in range(4)]
 """Prompts with a common prefix of one block of the cache."""
 TOKENS = 12
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a Llama with a linear map in place of two blocks."""
+def plain_model() -> Any:
+    """Return a Llama far from its initial values."""
     torch.manual_seed(0)
     config = copy.deepcopy(tiny_model("llama").config)
     # The kernel of vLLM for CPUs needs larger heads than those of the tiny model.
@@ -44,6 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a Llama with a linear map in place of two blocks."""
+    model = plain_model()
     window = range(2, 4)
     module = LinearConfig().build(sh.find_stack(model), window)
     with torch.no_grad():
@@ -135,3 +142,30 @@ def test_skipped_prompts_are_refused(tmp_path: Path) -> None:
     assert "prompt_skip" in json.loads((tmp_path / "model" / "config.json").read_text())["streamline_hooks"]
     with pytest.raises(sh.StreamlineError, match=r"prompts.*vLLM does not support"):
         started(tmp_path / "model")
+
+
+def test_the_recorder_reads_the_states_of_an_engine(tmp_path: Path) -> None:
+    model, ids = plain_model(), PROMPTS[0]
+    sh.save(model, tmp_path / "model")
+    process = recorded(tmp_path, "transformers", ids)
+    assert not process.returncode, process.stderr[-2000:]
+    found = torch.load(tmp_path / "states.pt")
+    with torch.no_grad(), sh.HiddenStateRecorder(model, [1, 5]) as expected:
+        model(torch.tensor([[*ids, *found["tokens"][:-1]]]))
+    for k in (1, 5):
+        for own, (state,) in ((found["inputs"][k], expected.inputs[k]), (found["outputs"][k], expected.outputs[k])):
+            assert [part.shape[1] for part in own] == [len(ids), 1, 1, 1]
+            torch.testing.assert_close(torch.cat(own, dim=1), state, rtol=1e-4, atol=1e-4)
+
+
+def test_the_recorder_refuses_the_blocks_of_vllm(tmp_path: Path) -> None:
+    sh.save(plain_model(), tmp_path / "model")
+    process = recorded(tmp_path, "vllm", PROMPTS[0])
+    assert process.returncode and "model_impl='transformers'" in process.stderr
+
+
+def recorded(folder: Path, implementation: str, ids: list[int]) -> subprocess.CompletedProcess[str]:
+    """Record two blocks in an engine, in a process of its own."""
+    command = [sys.executable, "-m", "tests.engines.record_in_engine", str(folder / "model"), implementation]
+    command += [str(ids), "[1, 5]", str(folder / "states.pt")]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

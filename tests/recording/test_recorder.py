@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, find_stack
+from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.modeling import by_token, read_output
 from streamline_hooks.recording import BlockSite, RecordingConfig
 from streamline_hooks.recording.recorder import ForwardStopped
@@ -398,3 +398,21 @@ def test_a_static_cache_in_use_and_a_second_prompt() -> None:
         recorded.append(record.outputs[BLOCKS - 1])
     assert len(recorded[1][0]) == 2 * 6
     torch.testing.assert_close(recorded[1], recorded[0], rtol=1e-4, atol=1e-4)
+
+
+class TwoParts(nn.Module):
+    """A block whose state is the sum of what it takes and returns, as in vLLM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout()
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return hidden / 2, hidden if residual is None else residual + hidden / 2
+
+
+def test_a_state_in_two_parts_is_refused() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([TwoParts(), TwoParts(), TwoParts()])
+    with pytest.raises(UnsupportedSurgery, match="two parts, one of them named residual"):
+        HiddenStateRecorder(model, sites=["block.output"]).__enter__()
