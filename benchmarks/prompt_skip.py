@@ -87,7 +87,7 @@ def main() -> None:
     split = split_of(options.data, tokenizer, **TOKENS)
     more = split_of(options.data, tokenizer, **TOKENS | {"calibration_tokens": options.train_tokens})
     seed = SEEDS[options.draw] - SEEDS["0"] if options.draw != "development" else 9
-    training = DistillationConfig(learning_rate=options.learning_rate, seed=seed)
+    training = DistillationConfig(learning_rate=options.learning_rate, validations=4, seed=seed)
     rate = "" if options.learning_rate == parser.get_default("learning_rate") else f", rate {options.learning_rate:g}"
 
     def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
