@@ -5,7 +5,7 @@ from streamline_hooks.checkpoint.card import STAGE_LABELS, model_card
 from streamline_hooks.checkpoint.compare import BlockMatch, compare_blocks
 from streamline_hooks.checkpoint.elastic import save_elastic
 from streamline_hooks.checkpoint.export.export_folder import check_export, export_folder, load_tokenizer
-from streamline_hooks.checkpoint.export.gguf import export_gguf
+from streamline_hooks.checkpoint.export.gguf import GGUFDtype, export_gguf
 from streamline_hooks.checkpoint.export.onnx import export_onnx
 from streamline_hooks.checkpoint.export.plain import check_no_splices, export_plain
 from streamline_hooks.checkpoint.load import load, read_history, read_plans
@@ -36,6 +36,7 @@ __all__ = [
     "BlockMatch",
     "BlockwisePass",
     "BlockwiseSource",
+    "GGUFDtype",
     "LoadingConfig",
     "StateStorage",
     "available_devices",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from streamline_hooks.checkpoint import (
+    GGUFDtype,
     LoadingConfig,
     check_export,
     export_folder,
@@ -30,9 +31,12 @@ Target = Annotated[Path, Parameter(name=["--output", "-o"], help="Folder (plain)
 To = Annotated[
     Literal["plain", "gguf", "onnx"], Parameter(help="Format: plain (Transformers), gguf (llama.cpp) or onnx.")
 ]
-GGUFDtype = Annotated[
-    Literal["f32", "f16", "bf16"] | None,
-    Parameter(name="--gguf-dtype", help="Data type of the matrices in a GGUF file. By default f32."),
+MatrixDtype = Annotated[
+    GGUFDtype | None,
+    Parameter(
+        name="--gguf-dtype",
+        help="Data type of the matrices in a GGUF file. By default f32. q8_0 and q4_0 have 8 and 4 bits per weight.",
+    ),
 ]
 Refit = Annotated[
     list[str] | None,
@@ -54,7 +58,7 @@ def export(
     *,
     output: Target,
     to: To = "plain",
-    gguf_dtype: GGUFDtype = None,
+    gguf_dtype: MatrixDtype = None,
     refit: Refit = None,
     original: Original = "",
     calibration: Calibration = None,

@@ -83,6 +83,9 @@ CHECKPOINTS: dict[str, Callable[[], Any]] = {
     "SmolLM2, linear, two windows": lambda: _smollm2("linear", WINDOWS),
     "SmolLM2, original, bfloat16": lambda: _in_bfloat16(*copy.deepcopy(load_pretrained("smollm2"))),
     "SmolLM2, folded, bfloat16": lambda: _smollm2("folded", dtype=torch.bfloat16),
+    # Saved in float32; each engine quantizes the weights itself.
+    "SmolLM2, original, int8": lambda: copy.deepcopy(load_pretrained("smollm2")),
+    "SmolLM2, folded, int8": lambda: _smollm2("folded"),
     "tiny Qwen 3, none": lambda: _tiny("qwen3"),
     "tiny Gemma 3, none": lambda: _tiny("gemma3_text"),
     "tiny Mixtral, none": lambda: _tiny("mixtral"),
@@ -109,7 +112,8 @@ def write_checkpoint(root: Path, name: str) -> Path:
     prompts = [torch.randint(low, high, (count,), generator=generator).tolist() for count in PROMPT_TOKENS]
     eos = model.generation_config.eos_token_id
     never = sorted({0, 1, 2, 11, *([] if eos is None else torch.tensor([eos]).flatten().tolist())})
-    (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "never": never, "new_tokens": NEW_TOKENS}))
+    content = {"prompts": prompts, "never": never, "new_tokens": NEW_TOKENS, "quantized": name.endswith("int8")}
+    (folder / "prompts.json").write_text(json.dumps(content))
     return folder
 
 

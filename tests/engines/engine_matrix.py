@@ -4,8 +4,8 @@
 
 Checkpoints are written to FOLDER once. Each engine runs in a process of its own, with the Python of its environment. A
 cell passes if the new tokens of all prompts, which run in one batch, are those of Transformers; for a checkpoint in
-bfloat16, if at least as many of them agree as for the original in bfloat16. Cells are stored in ``table.json`` at once,
-and those that exist are not run again.
+bfloat16 or with weights of 8 bits, if at least as many of them agree as for the original in the same engine and
+precision. Cells are stored in ``table.json`` at once, and those that exist are not run again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ NAMES = {
     "onnx": "ONNX Runtime",
 }
 SECONDS = 900
+PRECISIONS = ("bfloat16", "int8")
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def agreement(cell: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
 
 def verdict(cells: Mapping[str, Any], name: str, engine: str) -> str:
     """Return the content of a cell of the table."""
-    cell, reference = cells.get(f"{name} | {engine}"), cells.get(f"{name} | transformers")
+    cell, reference = cells.get(f"{name} | {engine}"), _reference(cells, name)
     if cell is None or reference is None or "error" in reference:
         return "not run"
     if "error" in cell:
@@ -84,11 +85,18 @@ def verdict(cells: Mapping[str, Any], name: str, engine: str) -> str:
     share = agreement(cell, reference)
     if share == 1.0:
         return "yes"
-    original, original_reference = (cells.get(f"SmolLM2, original, bfloat16 | {e}") for e in (engine, "transformers"))
-    if name.endswith("bfloat16") and original and original_reference and "error" not in original:
-        own = agreement(original, original_reference)
-        return f"yes ({share:.0%}; original {own:.0%})" if share >= own else f"no ({share:.0%}; original {own:.0%})"
+    precision = name.rpartition(", ")[2]
+    original = f"SmolLM2, original, {precision}"
+    own, own_reference = cells.get(f"{original} | {engine}"), _reference(cells, original)
+    if precision in PRECISIONS and own and own_reference and not {"error"} & (set(own) | set(own_reference)):
+        least = agreement(own, own_reference)
+        return f"{'yes' if share >= least else 'no'} ({share:.0%}; original {least:.0%})"
     return f"no ({share:.0%} of the tokens)"
+
+
+def _reference(cells: Mapping[str, Any], name: str) -> Any:
+    """Return the cell of Transformers to compare with: that of the same weights, before they are quantized."""
+    return cells.get(f"{name.removesuffix(', int8')} | transformers")
 
 
 def page(cells: Mapping[str, Any]) -> str:
@@ -101,9 +109,10 @@ def page(cells: Mapping[str, Any]) -> str:
         "",
         f"Each cell says whether an engine generates the same {NEW_TOKENS} greedy tokens as Transformers, for "
         f"{len(PROMPT_TOKENS)} prompts of {PROMPT_TOKENS[0]} to {PROMPT_TOKENS[-1]} tokens in one batch, in float32. "
-        "For checkpoints in bfloat16 the percentage of tokens up to the first difference of each prompt is compared "
-        "with that of the original model in the same engine. A tiny model is a random one with 8 blocks, of which one "
-        "is removed.",
+        "For checkpoints in bfloat16 and with weights of 8 bits (int8, quantized by each engine in its own way and "
+        "compared with float32 in Transformers) the percentage of tokens up to the first difference of each prompt is "
+        "compared with that of the original model in the same engine and precision. A tiny model is a random one "
+        "with 8 blocks, of which one is removed.",
         "",
         f"| checkpoint | {' | '.join(NAMES.values())} |",
         f"|{'---|' * (len(NAMES) + 1)}",

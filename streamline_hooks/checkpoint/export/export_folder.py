@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from streamline_hooks.checkpoint.export.gguf import check_gguf, export_gguf
+from streamline_hooks.checkpoint.export.gguf import GGUFDtype, check_gguf, export_gguf
 from streamline_hooks.checkpoint.export.onnx import check_onnx, export_onnx
 from streamline_hooks.checkpoint.export.plain import export_plain
 from streamline_hooks.checkpoint.load import load
@@ -29,7 +29,7 @@ def check_export(
     output: str | Path,
     to: Format = "plain",
     *,
-    dtype: str = "f32",
+    dtype: GGUFDtype = "f32",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -63,7 +63,7 @@ def export_folder(
     to: Format = "plain",
     *,
     model: PreTrainedModel | None = None,
-    dtype: str = "f32",
+    dtype: GGUFDtype = "f32",
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -79,8 +79,8 @@ def export_folder(
         Format; default ``"plain"``.
     model : transformers.PreTrainedModel, optional
         Model to export; by default that in `folder`.
-    dtype : {"f32", "f16", "bf16"}
-        Dtype of the matrices in a GGUF file; default ``"f32"``.
+    dtype : {"f32", "f16", "bf16", "q8_0", "q4_0"}
+        Type of the matrices in a GGUF file, see `export_gguf`; default ``"f32"``.
     overwrite : bool
         Replace a file of the same format, or a folder of `compress` or `save`; default False.
     trust_remote_code : bool

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,7 +37,12 @@ if TYPE_CHECKING:
     import gguf
     from transformers import PreTrainedModel
 
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+GGUFDtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+"""Types of the matrices in a GGUF file."""
+_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_QUANTIZED = ("q8_0", "q4_0")  # blocks of 32 weights with a scale
+_BLOCK = 32
+_FINE = ("token_embd", "output.")  # matrices with 8 bits also in 4-bit files
 _PRECISE = ("ffn_gate_inp", "position_embd")  # routers, whose best experts may be close, and positions
 _WITHOUT_ATTENTION = {"llama": "deci"}  # architectures of llama.cpp with a number of heads per block, by model type
 
@@ -47,7 +52,7 @@ def export_gguf(
     file: str | Path,
     *,
     tokenizer: str | Path | None = None,
-    dtype: str = "f32",
+    dtype: GGUFDtype = "f32",
     skip_zeroed_attention: bool = True,
 ) -> str:
     """Export a plain model to one GGUF file, atomically.
@@ -61,8 +66,11 @@ def export_gguf(
         File to write.
     tokenizer : str or Path, optional
         Folder with ``tokenizer.json``; by default the file has no vocabulary.
-    dtype : {"f32", "f16", "bf16"}
-        Dtype of the matrices; default ``"f32"``. Vectors, routers of experts and learned positions are float32.
+    dtype : {"f32", "f16", "bf16", "q8_0", "q4_0"}
+        Type of the matrices; default ``"f32"``. Vectors, routers of experts and learned positions are float32.
+        ``"q8_0"`` and ``"q4_0"`` are 8 and 4 bits per weight and a scale for each 32 weights of a row, rounded to
+        nearest; with ``"q4_0"`` embeddings and LM head have 8 bits. Rows of other lengths than a multiple of 32 are
+        float16.
     skip_zeroed_attention : bool
         Omit zeroed attentions of a Llama, except that of the first block; default True. With omitted attentions the
         file is a ``deci`` file.
@@ -113,8 +121,10 @@ def export_gguf(
         names = gguf.get_tensor_name_map(known[architecture.name], len(blocks))
         for own_name, tensor in _tensors(model, architecture, has_attention, linear_attentions):
             gguf_name = _gguf_name(names, own_name)
-            is_matrix = tensor.ndim > 1 and not any(part in gguf_name for part in _PRECISE)
-            _add(writer, gguf_name, tensor, _DTYPES[dtype] if is_matrix else torch.float32)
+            _add(writer, gguf_name, tensor, _dtype_of(gguf_name, tensor, dtype))
+        if dtype in _QUANTIZED:
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{dtype.upper()}"])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=True)
@@ -140,8 +150,10 @@ def check_gguf(config: Any, dtype: str = "f32") -> None:
             f"model of type {', '.join(ARCHITECTURES)}. If llama.cpp supports the architecture, export a plain "
             "checkpoint and convert it with llama.cpp: python convert_hf_to_gguf.py FOLDER"
         )
-    if dtype not in _DTYPES:
-        raise StreamlineError(f"dtype={dtype!r} is unknown. Expected one of {', '.join(_DTYPES)}. Choose one.")
+    if dtype not in get_args(GGUFDtype):
+        raise StreamlineError(
+            f"dtype={dtype!r} is unknown. Expected one of {', '.join(get_args(GGUFDtype))}. Choose one."
+        )
     check_config(ARCHITECTURES[model_type], config)
 
 
@@ -230,14 +242,28 @@ def _gguf_name(names: gguf.TensorNameMap, name: str) -> str:
     return f"{known}.{suffix}"
 
 
-def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _dtype_of(name: str, tensor: Tensor, dtype: str) -> str:
+    """Return the type with which a weight is stored."""
+    if tensor.ndim == 1 or any(part in name for part in _PRECISE):
+        return "f32"
+    if dtype not in _QUANTIZED:
+        return dtype
+    if tensor.shape[-1] % _BLOCK:
+        return "f16"
+    return "q8_0" if name.startswith(_FINE) else dtype
+
+
+def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, dtype: str) -> None:
     import gguf
 
     finite = bool(torch.isfinite(tensor).all())
-    tensor = tensor.detach().cpu().to(dtype).contiguous()
+    tensor = tensor.detach().cpu().to(_DTYPES.get(dtype, torch.float32)).contiguous()
     if finite and not torch.isfinite(tensor).all():
         raise StreamlineError(f"{name} contains values outside the range of float16. Choose dtype f32 or bf16.")
-    if dtype == torch.bfloat16:
+    if dtype in _QUANTIZED:
+        kind = gguf.GGMLQuantizationType[dtype.upper()]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    elif dtype == "bf16":
         raw = tensor.view(torch.int16).numpy().view(np.uint8)
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
     else:

@@ -23,8 +23,10 @@ class Answer:
     margins: list[float] = field(default_factory=list)
 
 
-def in_llama_cpp(file: Path, prompts: Sequence[list[int] | str], count: int, slots: int = 1) -> list[Answer]:
-    """Generate greedily; `slots` prompts run in one batch."""
+def in_llama_cpp(
+    file: Path, prompts: Sequence[list[int] | str], count: int, slots: int = 1, never: Sequence[int] = ()
+) -> list[Answer]:
+    """Generate greedily without the tokens `never`; `slots` prompts run in one batch."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(file), 128 * slots, slots
     params.warmup, params.verbosity, params.cpuparams.n_threads = False, 1, 1
@@ -38,6 +40,7 @@ def in_llama_cpp(file: Path, prompts: Sequence[list[int] | str], count: int, slo
         "logprobs": 1,
         "ignore_eos": True,
         "cache_prompt": False,
+        "logit_bias": [[token, False] for token in never],
     }
     answers = xllamacpp.Server(params).handle_completions(request)
     choices = sorted((choice for a in _as_list(answers) for choice in a["choices"]), key=lambda choice: choice["index"])
