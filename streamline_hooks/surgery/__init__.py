@@ -50,7 +50,13 @@ from streamline_hooks.surgery.splice import (
     snapshot_splices,
     spliced,
 )
-from streamline_hooks.surgery.spliced_model import MODEL_TYPE, StreamlinedConfig, base_class, is_splice_parameter
+from streamline_hooks.surgery.spliced_model import (
+    MODEL_TYPE,
+    StreamlinedConfig,
+    base_class,
+    is_splice_parameter,
+    register_classes,
+)
 from streamline_hooks.surgery.surgeon import LayerSurgeon
 from streamline_hooks.surgery.zeroed_branches import (
     find_zeros,
@@ -107,6 +113,7 @@ __all__ = [
     "per_layer_width",
     "prompt_skip_of",
     "refuse_open_surgery",
+    "register_classes",
     "replay_surgeries",
     "resume",
     "run_before",

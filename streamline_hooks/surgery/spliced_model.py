@@ -72,10 +72,18 @@ class StreamlinedConfig(PretrainedConfig):
                 "register it with AutoConfig and AutoModelForCausalLM first."
             )
         config_base: Any = CONFIG_MAPPING[base_type]
-        config_class = streamlined_config_class(config_base)
-        for auto, base in _classes_for(config_base):
-            auto.register(config_class, streamlined_model_class(base, config_base), exist_ok=True)
-        return config_class.from_dict(config_dict, **kwargs)
+        return register_classes(config_base).from_dict(config_dict, **kwargs)
+
+
+def register_classes(config_base: Any) -> Any:
+    """Let the auto classes of Transformers build models with splices; return their configuration class.
+
+    A configuration that was pickled in another process does not do this.
+    """
+    config_class = streamlined_config_class(config_base)
+    for auto, base in _classes_for(config_base):
+        auto.register(config_class, streamlined_model_class(base, config_base), exist_ok=True)
+    return config_class
 
 
 class _ConfigWithSplices:

@@ -39,7 +39,7 @@ def plain_model() -> Any:
     torch.manual_seed(0)
     config = copy.deepcopy(tiny_model("llama").config)
     # The kernel of vLLM for CPUs needs larger heads than those of the tiny model.
-    config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim = 128, 2, 1, 64
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim = 128, 4, 2, 64
     model: Any = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +84,7 @@ def started(folder: Path, **options: Any) -> Any:
 
 
 def sampling() -> Any:
-    return vllm.SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    return vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
 
 
 def test_requests_that_arrive_while_others_run(engine: Any, folder: Path) -> None:
@@ -110,6 +110,16 @@ def test_a_repeated_prompt_is_read_from_the_cache(folder: Path) -> None:
     assert [output.num_cached_tokens for output in second] == [32] * len(PROMPTS)
     for outputs in (first, second):
         assert [list(output.outputs[0].token_ids) for output in outputs] == expected(folder)
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="each worker needs a core")
+def test_tensor_parallelism_of_two(folder: Path) -> None:
+    """The workers get the configuration from another process, and hold half of each projection."""
+    command = [sys.executable, "-m", "tests.engines.generate_in_workers", str(folder), json.dumps(PROMPTS), str(TOKENS)]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("[[")]
+    assert lines, process.stderr[-2000:]
+    assert json.loads(lines[-1]) == expected(folder)
 
 
 def test_without_the_plugin_it_is_refused(folder: Path) -> None:

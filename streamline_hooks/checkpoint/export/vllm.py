@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from streamline_hooks.core import StreamlineError
-from streamline_hooks.surgery import is_splice_parameter
+from streamline_hooks.surgery import base_class, is_splice_parameter, register_classes
 
 _NAME = "SplicedForCausalLM"
 
@@ -38,11 +38,13 @@ def _model_class() -> type[Any]:
 
     class SplicedForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-            if "prompt_skip" in vllm_config.model_config.hf_config.streamline_hooks:
+            config = vllm_config.model_config.hf_config
+            if "prompt_skip" in config.streamline_hooks:
                 raise StreamlineError(
                     "The prompts of this checkpoint skip blocks, which vLLM does not support. Expected a checkpoint "
                     "without a committed PromptSkip. Serve the original, whose other weights are the same."
                 )
+            register_classes(base_class(type(config)))  # a worker gets the configuration from another process
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
