@@ -98,7 +98,7 @@ engines: $(VENV)-engines/.stamp $(VENV)-vllm/.stamp ## Run models in llama.cpp, 
 	$(VENV)-vllm/bin/python -m pytest tests/engines $(PYTEST_ARGS)
 	$(VENV)-engines/bin/python -m pytest tests/docs/test_pages.py -k "blocks_run and (llama_cpp or mlx or onnx)"
 	$(VENV)-vllm/bin/python -m pytest tests/docs/test_pages.py -k "blocks_run and serve_vllm"
-	$(VENV)-engines/bin/python -m tests.engines.engine_matrix --folder build/engines --python vllm=$(VENV)-vllm/bin/python
+	$(VENV)-engines/bin/python -m tests.engines.engine_matrix --again --folder build/engines --python vllm=$(VENV)-vllm/bin/python
 
 $(VENV)-engines/.stamp: setup.cfg pyproject.toml $(VENV)/.stamp-venv
 	@echo "Installing this library and $(ENGINES) into $(VENV)-engines."

@@ -18,13 +18,13 @@ to ``benchmarks/results/prompt_skip.json`` and ``.md``, and those that exist are
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -64,10 +64,11 @@ VARIANTS = {
     "skipped": "skipped",
     "mapped": "removed, with a map",
     "removed": "removed",
-    "best": "as many blocks removed, `best`",
-    "streamline": "as many blocks removed, LLM-Streamline",
+    "best": "removed by `best`",
+    "streamline": "removed by LLM-Streamline",
 }
-TRAINED = {"trained", "best", "streamline"}
+PRESETS = {"best": "best", "streamline": "llm-streamline-layer"}  # they choose the blocks
+TRAINED = {"trained", *PRESETS}
 
 
 def main() -> None:
@@ -102,7 +103,7 @@ def main() -> None:
         first, last = map(int, text.split("-"))
         window = range(first, last + 1)
 
-        @functools.cache
+        @cache
         def fitted(window: range = window) -> FittedPromptSkip:
             return fit_prompt_skip(model, split, window, tokenizer=tokenizer)
 
@@ -135,12 +136,11 @@ def main() -> None:
             "skipped": lambda: skipping(lambda: replace(fitted(), maps=(None,) * len(fitted().window), kl={})),
             "mapped": lambda: removing(True),
             "removed": lambda: removing(False),
-            "best": lambda: compressing("best"),
-            "streamline": lambda: compressing("llm-streamline-layer"),
+            **{key: partial(compressing, preset) for key, preset in PRESETS.items()},
         }
         for name in options.variants.split(","):
             label = f" ({options.train_tokens:,} tokens{rate if name == 'trained' else ''})" if name in TRAINED else ""
-            add(f"{text}, {VARIANTS[name]}{label}", measures[name])
+            add(f"{f'{len(window)} blocks' if name in PRESETS else text}, {VARIANTS[name]}{label}", measures[name])
     print(table(content["rows"]))
 
 
@@ -250,28 +250,38 @@ def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
         own = [row for row in rows if row["name"] == name and row["draw"] in originals]
         if name == "original" or not own:
             continue
-        per_draw = [
-            {kind: _share(row["tasks"][kind]) / max(_share(originals[row["draw"]][kind]), 1e-9) for kind in kinds}
-            for row in own
-        ]
         cells = [", ".join(row["draw"] for row in own) if len(originals) > 1 else own[0]["draw"]]
-        # The sums over draws, so that a task with few right answers in a draw does not dominate.
-        for kind in kinds:
-            before = sum(_share(originals[row["draw"]][kind]) for row in own)
-            cells.append(f"{sum(_share(row['tasks'][kind]) for row in own) / max(before, 1e-9):.0%}")
+        kept = _retained(own, originals)
+        cells += [f"{kept[kind]:.0%}" if kind in kept else "" for kind in kinds]
         for chooses in (False, True):
-            means = [
-                statistics.fmean(values)
-                for kept in per_draw
-                if (values := [value for kind, value in kept.items() if (kind in QUESTIONS) == chooses])
-            ]
-            cells += [f"{statistics.fmean(means):.0%}" if means else "", ", ".join(f"{mean:.0%}" for mean in means)]
+            means = [_mean(_retained([row], originals), chooses) for row in own]
+            whole = _mean(kept, chooses)
+            cells += ["" if whole is None else f"{whole:.0%}", ", ".join(f"{m:.0%}" for m in means if m is not None)]
         for kind in ("text", "repeated"):
             nats = [row["kl"][kind] for row in own if row.get("kl")]
             cells.append(f"{statistics.fmean(nats):.3f}" if nats else "")
         times = [row["prefill"] for row in own if "prefill" in row]
         lines.append(f"| {name} | {' | '.join(cells)} | {f'{statistics.median(times):.2f}' if times else ''} |")
     return [*lines, ""]
+
+
+def _retained(rows: Sequence[dict[str, Any]], originals: Mapping[str, dict[str, str]]) -> dict[str, float]:
+    """Return the accuracy of each task relative to the original, over the items of all rows.
+
+    Tasks of which the original solves nothing are left out.
+    """
+    kept = {}
+    for kind in rows[0]["tasks"]:
+        before = sum(_share(originals[row["draw"]][kind]) for row in rows)
+        if before:
+            kept[kind] = sum(_share(row["tasks"][kind]) for row in rows) / before
+    return kept
+
+
+def _mean(kept: Mapping[str, float], chooses: bool) -> float | None:
+    """Return the mean over the tasks that are questions, or over the others."""
+    values = [value for kind, value in kept.items() if (kind in QUESTIONS) == chooses]
+    return statistics.fmean(values) if values else None
 
 
 def _share(row: str) -> float:

@@ -61,7 +61,8 @@ def test_each_variant_has_a_row_and_is_measured_once(model: nn.Module, monkeypat
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rows = run(monkeypatch, "--draw", "0")
     names = [row["name"].partition(" (")[0] for row in rows.values()]
-    assert names == ["original", *(f"2-3, {name}" for name in prompt_skip.VARIANTS.values())]
+    blocks = ["2 blocks" if key in prompt_skip.PRESETS else "2-3" for key in prompt_skip.VARIANTS]
+    assert names[1:] == [f"{where}, {name}" for where, name in zip(blocks, prompt_skip.VARIANTS.values(), strict=True)]
     assert all(set(row["tasks"]) == {"copying", "last word", "copa"} for row in rows.values())
     trained, fitted, skipped, *removed = list(rows.values())[1:]
     assert [len(row["removed"]) for row in removed[-2:]] == [2, 3]  # LLM-Streamline adds a block

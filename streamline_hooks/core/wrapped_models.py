@@ -50,11 +50,13 @@ def refuse_compiled(model: nn.Module, action: str) -> None:
             isinstance(module, compiler.OptimizedModule)
             or module._compiled_call_impl is not None
             or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+            or vars(module).get("do_not_compile") is False  # vLLM's mark
         ):
             where = f"its part {name!r}" if name else "it"
             raise StreamlineError(
                 f"Cannot {action} a compiled {type(model).__name__}: {where} was compiled by torch.compile, and hooks "
-                "added after compilation never fire. Use the model before compilation, and compile it afterwards."
+                "added after compilation never fire. Use the model before compilation, and compile it afterwards; "
+                "in vLLM, load it with enforce_eager=True."
             )
 
 

@@ -35,6 +35,7 @@ from streamline_hooks.modeling import (
     find_stack,
     in_backward,
     require_default_layout,
+    require_whole_state,
 )
 from streamline_hooks.recording.edits import Edit, EditCall
 from streamline_hooks.recording.resolve_sites import resolve_sites
@@ -136,6 +137,7 @@ class Intervention:
             raise StreamlineError("This intervention is already open. Create a second Intervention to nest them.")
         refuse_compiled(self.model, "change the activations of")
         refuse_replicated(self.model, "change the activations of")
+        require_whole_state(self.stack[0])
         require_default_layout(
             [self.stack[k] for _, k in self._edits if k is not None],
             f"The activations of {type(self.model).__name__} cannot be changed",

@@ -207,9 +207,9 @@ class HiddenStateRecorder:
         If the model is compiled, a site is unknown, or a block index is out of range. When the recorder is closed: if
         compiled code of the model ran but nothing was recorded.
     UnsupportedSurgery
-        When the recorder is opened: if a site cannot be read, or blocks pass the hidden state in two parts, as vLLM's
-        own models do (``model_impl="transformers"`` of vLLM is recorded). In the first call of a block: if its input
-        and the two contributions do not sum to its output.
+        When the recorder is opened: if a site cannot be read, or blocks pass the hidden state in two parts, as most
+        models of vLLM itself do (``model_impl="transformers"`` of vLLM is recorded). In the first call of a
+        block: if its input and the two contributions do not sum to its output.
 
     Examples
     --------

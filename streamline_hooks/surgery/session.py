@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 
 from streamline_hooks.core import StreamlineError, refuse_compiled, refuse_wrapped, require_unused
-from streamline_hooks.modeling import BlockStack, Branch, find_stack
+from streamline_hooks.modeling import BlockStack, Branch, find_stack, require_whole_state
 from streamline_hooks.surgery import commit
 from streamline_hooks.surgery.config_copies import ConfigCopies
 from streamline_hooks.surgery.edits import ORIGIN, Edits
@@ -101,6 +101,7 @@ class Session:
 
     def open(self) -> None:
         """Register the session, and replace the configurations of the model by copies."""
+        require_whole_state(self.stack[0])
         sessions = _open.setdefault(self.stack.container, [])
         sessions.append(self)
         self.stack = self._configs.apply()

@@ -5,7 +5,8 @@
 Checkpoints are written to FOLDER once. Each engine runs in a process of its own, with the Python of its environment. A
 cell passes if the new tokens of all prompts, which run in one batch, are those of Transformers; for a checkpoint in
 bfloat16 or with weights of 8 bits, if at least as many of them agree as for the original in the same engine and
-precision. Cells are stored in ``table.json`` at once, and those that exist are not run again.
+precision. Cells are stored in ``table.json`` at once, and those that exist are only run again with ``--again``. The
+exit status is 1 if a cell passed before and fails now.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ NAMES = {
 }
 SECONDS = 900
 PRECISIONS = ("bfloat16", "int8")
+LEAST = 0.3  # agreement below which a rounded model is broken, as its original would be
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     pythons = dict.fromkeys(NAMES, sys.executable) | dict(pair.split("=", 1) for pair in options.python)
     cells: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    passed = {(name, engine) for name in CHECKPOINTS for engine in NAMES if _passes(cells, name, engine)}
     for name in CHECKPOINTS:
         for engine in NAMES:
             key = f"{name} | {engine}"
@@ -51,6 +54,8 @@ def main() -> None:
                 print(key, cells[key].get("error", "ok"), flush=True)
                 TABLE.write_text(json.dumps(cells, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(cells))
+    if worse := [f"{name} in {NAMES[engine]}" for name, engine in passed if not _passes(cells, name, engine)]:
+        sys.exit(f"These passed before: {', '.join(sorted(worse))}.")
 
 
 def answer(folder: Path, engine: str, python: str) -> dict[str, Any]:
@@ -90,8 +95,13 @@ def verdict(cells: Mapping[str, Any], name: str, engine: str) -> str:
     own, own_reference = cells.get(f"{original} | {engine}"), _reference(cells, original)
     if precision in PRECISIONS and own and own_reference and not {"error"} & (set(own) | set(own_reference)):
         least = agreement(own, own_reference)
-        return f"{'yes' if share >= least else 'no'} ({share:.0%}; original {least:.0%})"
+        passes = share >= max(least, LEAST)
+        return f"{'yes' if passes else 'no'} ({share:.0%}{'' if name == original else f'; original {least:.0%}'})"
     return f"no ({share:.0%} of the tokens)"
+
+
+def _passes(cells: Mapping[str, Any], name: str, engine: str) -> bool:
+    return verdict(cells, name, engine).startswith("yes")
 
 
 def _reference(cells: Mapping[str, Any], name: str) -> Any:

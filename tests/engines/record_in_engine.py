@@ -23,12 +23,13 @@ def main() -> None:
 
     llm: Any = LLM(
         model=folder, dtype="float32", enforce_eager=True, max_model_len=96, skip_tokenizer_init=True,
-        max_num_seqs=1, model_impl=implementation,
+        max_num_seqs=1, enable_prefix_caching=False, model_impl=implementation,
     )  # fmt: skip
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     sampling = SamplingParams(temperature=0, max_tokens=4, min_tokens=4, ignore_eos=True, detokenize=False)
     with sh.HiddenStateRecorder(model, json.loads(blocks)) as record:
-        (output,) = llm.generate([{"prompt_token_ids": json.loads(prompt)}], sampling, use_tqdm=False)
+        for _ in range(2):  # the second one would be read from a cache of prefixes
+            (output,) = llm.generate([{"prompt_token_ids": json.loads(prompt)}], sampling, use_tqdm=False)
     new = list(output.outputs[0].token_ids)
     torch.save({"tokens": new, "inputs": record.inputs, "outputs": record.outputs}, file)
 

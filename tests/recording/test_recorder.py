@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.modeling import by_token, read_output
-from streamline_hooks.recording import BlockSite, RecordingConfig
+from streamline_hooks.recording import BlockSite, Intervention, RecordingConfig, Zero
 from streamline_hooks.recording.recorder import ForwardStopped
 from streamline_hooks.testing import causal_model_types, tiny_inputs
 from streamline_hooks.testing import tiny_model as tiny_of_type
@@ -414,5 +414,11 @@ class TwoParts(nn.Module):
 def test_a_state_in_two_parts_is_refused() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([TwoParts(), TwoParts(), TwoParts()])
-    with pytest.raises(UnsupportedSurgery, match="two parts, one of them named residual"):
-        HiddenStateRecorder(model, sites=["block.output"]).__enter__()
+    refused: list[Any] = [
+        HiddenStateRecorder(model, sites=["block.output"]),
+        Intervention(model, {("block.output", 1): Zero()}),
+        LayerSurgeon(model),
+    ]
+    for context in refused:
+        with pytest.raises(UnsupportedSurgery, match="two parts, one of them named residual"):
+            context.__enter__()
