@@ -1,8 +1,8 @@
-"""Measure tasks that need their prompt, with blocks skipped for prompts, on SmolLM2-135M-Instruct.
+"""Measure tasks that need their prompt, with blocks skipped for prompts, on SmolLM2-135M-Instruct or another model.
 
-    python -m benchmarks.prompt_skip [--data FOLDER] [--windows 20-29,22-29] [--items 60] [--draw development]
-        [--variants trained,fitted,skipped,mapped,removed,best,streamline] [--train-tokens 200704]
-        [--learning-rate 0.0001]
+    python -m benchmarks.prompt_skip [--data FOLDER] [--model FOLDER] [--windows 20-29,22-29] [--items 60]
+        [--draw development] [--variants trained,fitted,skipped,mapped,removed,best,streamline]
+        [--train-tokens 200704] [--learning-rate 0.0001]
 
 For each window the variants are scored greedily on synthetic problems and on the last words of held-out passages, and
 on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with fitted maps
@@ -12,7 +12,8 @@ each task relative to the original, the KL divergence by which `fit_prompt_skip`
 prompt of 512 tokens, in pairs with the original. Windows and settings are chosen on the draw ``development``, which has
 problems only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have
 other problems, passages and questions, and seed the training. Their rows are combined in one table. The rows are saved
-to ``benchmarks/results/prompt_skip.json`` and ``.md``, and those that exist are not measured again.
+to ``benchmarks/results/prompt_skip.json`` and ``.md`` (of another model: ``prompt_skip_NAME``), and those that exist
+are not measured again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +75,7 @@ TRAINED = {"trained", *PRESETS}
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--model", default="smollm2", help="another model: a folder, see benchmarks.qwen")
     parser.add_argument("--windows", default="20-29,22-29", help="first and last skipped block of each window")
     parser.add_argument("--items", type=int, default=60, help="items per task")
     parser.add_argument("--draw", choices=SEEDS, default="development")
@@ -81,9 +84,10 @@ def main() -> None:
     parser.add_argument("--train-tokens", type=int, default=200_704)
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the maps")
     options = parser.parse_args()
-    content = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
+    file = FILE if options.model == "smollm2" else FILE.with_name(f"{FILE.stem}_{Path(options.model).name}.json")
+    content = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     content["machine"] = machine()
-    model, tokenizer = load_pretrained("smollm2")
+    model, tokenizer = load_pretrained(options.model)
     tasks = Tasks(options.data, tokenizer, options.items, options.draw)
     split = split_of(options.data, tokenizer, **TOKENS)
     more = split_of(options.data, tokenizer, **TOKENS | {"calibration_tokens": options.train_tokens})
@@ -95,8 +99,8 @@ def main() -> None:
         key = f"{options.draw}, {options.items} items, {name}"
         if key not in content["rows"]:
             content["rows"][key] = {"draw": options.draw, "items": options.items, "name": name, **measure()}
-            write(FILE, content)
-            FILE.with_suffix(".md").write_text(table(content["rows"]))
+            write(file, content)
+            file.with_suffix(".md").write_text(table(content["rows"]))
 
     add("original", lambda: {"tasks": tasks.score(model)})
     for text in options.windows.split(","):
