@@ -1,6 +1,6 @@
 """Measure tasks that need their prompt, with blocks skipped for prompts, on SmolLM2-135M-Instruct or another model.
 
-    python -m benchmarks.prompt_skip [--data FOLDER] [--model FOLDER] [--windows 20-29,22-29] [--items 60]
+    python -m benchmarks.prompt_skip [--data FOLDER] [--model MODEL] [--windows 20-29,22-29] [--items 60]
         [--draw development] [--variants trained,fitted,skipped,mapped,removed,best,streamline]
         [--train-tokens 200704] [--learning-rate 0.0001]
 
@@ -75,7 +75,7 @@ TRAINED = {"trained", *PRESETS}
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--model", default="smollm2", help="another model: a folder, see benchmarks.qwen")
+    parser.add_argument("--model", default="smollm2", help="another model: a folder or a GGUF file")
     parser.add_argument("--windows", default="20-29,22-29", help="first and last skipped block of each window")
     parser.add_argument("--items", type=int, default=60, help="items per task")
     parser.add_argument("--draw", choices=SEEDS, default="development")
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--train-tokens", type=int, default=200_704)
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the maps")
     options = parser.parse_args()
-    file = FILE if options.model == "smollm2" else FILE.with_name(f"{FILE.stem}_{Path(options.model).name}.json")
+    file = FILE if options.model == "smollm2" else FILE.with_name(f"{FILE.stem}_{Path(options.model).stem}.json")
     content = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     content["machine"] = machine()
     model, tokenizer = load_pretrained(options.model)

