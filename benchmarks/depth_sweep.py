@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.prompt_skip import TIMED_IDS, TOKENS, Tasks
+from benchmarks.prompt_skip import TOKENS, Tasks
 from benchmarks.quality_scores import write
 from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments, split_of
 from benchmarks.timing import machine
@@ -38,7 +38,7 @@ from streamline_hooks.modeling import inference, kl_by_token
 from streamline_hooks.pipeline import EvaluationConfig, FittedPromptSkip, fit_prompt_skip
 
 FILE, PICTURE = RESULTS / "depth_sweep.json", ROOT / "docs" / "images" / "depth_sweep.svg"
-TIMED_TOKENS, NEW_TOKENS = 512, 17
+TIMED_TOKENS, TIMED_IDS, NEW_TOKENS = 512, (3, 40_000), 17
 COSTS = ("bytes", "prefill", "decode")
 
 

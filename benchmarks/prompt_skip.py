@@ -8,8 +8,8 @@ For each window the variants are scored greedily on synthetic problems and on th
 on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with fitted maps
 or without maps, or the window is removed with a fitted map or without one. For comparison the presets `best` and
 `llm-streamline-layer` remove as many blocks, which they choose, and train on as many tokens. A row has the accuracy of
-each task relative to the original, the KL divergence by which `fit_prompt_skip` chooses windows, and the time of a
-prompt of 512 tokens, in pairs with the original. Windows and settings are chosen on the draw ``development``, which has
+each task relative to the original, and the KL divergence by which `fit_prompt_skip` chooses windows;
+`benchmarks.prompt_skip_cost` measures the time. Windows and settings are chosen on the draw ``development``, which has
 problems only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have
 other problems, passages and questions, and seed the training. Their rows are combined in one table. The rows are saved
 to ``benchmarks/results/prompt_skip.json`` and ``.md`` (of another model: ``prompt_skip_NAME``), and those that exist
@@ -20,16 +20,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.generation_scores import AT_ONCE, bits
 from benchmarks.heldout_pieces import last_words
@@ -57,7 +55,6 @@ from streamline_hooks.surgery import PromptSkip
 FILE = RESULTS / "prompt_skip.json"
 TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens": 4_096}
 SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
-TIMED_TOKENS, TIMED_IDS = 512, (3, 40_000)
 QUESTIONS = ("arc_easy", "copa", "piqa")
 UNMEASURED = EvaluationConfig(speed=False, generation=False)
 VARIANTS = {
@@ -79,7 +76,6 @@ def main() -> None:
     parser.add_argument("--windows", default="20-29,22-29", help="first and last skipped block of each window")
     parser.add_argument("--items", type=int, default=60, help="items per task")
     parser.add_argument("--draw", choices=SEEDS, default="development")
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of timed prompts")
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of each window; all: {', '.join(VARIANTS)}")
     parser.add_argument("--train-tokens", type=int, default=200_704)
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the maps")
@@ -118,10 +114,8 @@ def main() -> None:
 
         def skipping(fit: Callable[[], FittedPromptSkip]) -> dict[str, Any]:
             done = fit()
-            variant = _Skipping(model, done.window, done.maps)
-            with variant():
+            with PromptSkip(model, done.window, done.maps):
                 row: dict[str, Any] = {"tasks": tasks.score(model), "kl": dict(done.kl)}
-            row["prefill"] = prefill_ratio(model, variant, options.rounds)
             return row | ({"training": done.training.report()} if done.training else {})
 
         def compressing(preset: str, count: int = len(window)) -> dict[str, Any]:
@@ -171,28 +165,22 @@ class Tasks:
                     new_tokens=answer_tokens(self.tokenizer, problems), stop=ANSWER_STOP, batch_size=AT_ONCE["probes"]
                 )
                 results[kind] = bits(solve_problems(model, self.tokenizer, problems, config, desc=kind).correct)
-            if not self.ends:
-                return results
-            config = TextGenerationConfig(new_tokens=6, batch_size=AT_ONCE["probes"])
-            contexts = [end.context for end in self.ends]
-            texts = generate_texts(model, self.tokenizer, contexts, config, desc="last words")
-            words = [end.continuation.strip() for end in self.ends]
-            results["last word"] = bits([t.text.split()[:1] == [w] for (t,), w in zip(texts, words, strict=True)])
+        if self.ends:
+            results["last word"] = self.last_words(model)
         for name, task in self.questions.items():
             results[name] = bits([score == 1 for score in task.run(model, self.tokenizer).scores])
         return results
 
-
-class _Skipping:
-    """A context manager that lets the prompts of a model skip a window."""
-
-    def __init__(self, model: Any, window: range, maps: Any) -> None:
-        self.model, self.window, self.maps = model, window, maps
-
-    @contextmanager
-    def __call__(self) -> Iterator[Any]:
-        with PromptSkip(self.model, self.window, self.maps):
-            yield self.model
+    def last_words(self, model: Any) -> str:
+        """Return in which passages the next word is the right one, as bits."""
+        config = TextGenerationConfig(new_tokens=8, batch_size=AT_ONCE["probes"])
+        contexts = [end.context.rstrip() for end in self.ends]  # the space belongs to the tokens of the word
+        with fast_products(model):
+            texts = generate_texts(model, self.tokenizer, contexts, config, desc="last words")
+        words = [re.match(r"\s*([A-Za-z]*)", text.text) for (text,) in texts]
+        return bits(
+            [m is not None and m[1] == end.continuation.strip() for m, end in zip(words, self.ends, strict=True)]
+        )
 
 
 @contextmanager
@@ -209,30 +197,13 @@ def removed(model: Any, window: range, split: Any, repair: bool) -> Iterator[Any
         yield changed
 
 
-@torch.no_grad()
-def prefill_ratio(model: Any, variant: _Skipping, rounds: int) -> float:
-    """Return the median time of a prompt with skipped blocks divided by that of the original."""
-    ids = torch.randint(*TIMED_IDS, (1, TIMED_TOKENS), generator=torch.Generator().manual_seed(0))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
-    with variant():
-        skipping = vars(model)["generate"]
-        for number in range(rounds + 1):
-            for skips in (True, False):
-                generate = skipping if skips else type(model).generate.__get__(model)
-                started = time.perf_counter()
-                generate(ids, **options)
-                if number:
-                    seconds[skips].append(time.perf_counter() - started)
-    return statistics.median(seconds[True]) / statistics.median(seconds[False])
-
-
 def table(rows: dict[str, Any]) -> str:
     """Return the rows as Markdown: those of the development draw, and the mean over the other draws."""
     groups: dict[tuple[bool, int], list[dict[str, Any]]] = {}
     for row in rows.values():
         groups.setdefault((row["draw"] == "development", row["items"]), []).append(row)
-    return "\n".join(line for (_, items), own in groups.items() for line in _section(own, items))
+    made = "Made by `python -m benchmarks.prompt_skip --draw DRAW --items ITEMS --windows WINDOW --variants VARIANTS`."
+    return "\n".join([line for (_, items), own in groups.items() for line in _section(own, items)] + [made, ""])
 
 
 def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
@@ -247,8 +218,8 @@ def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
         "Accuracy of the original: " + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds) + ".",
         "",
         f"| blocks | draws | {' | '.join(kinds)} | generation | by draw | classification | by draw | KL text "
-        "| KL repeated | prompt time |",
-        f"|{'---|' * (len(kinds) + 9)}",
+        "| KL repeated |",
+        f"|{'---|' * (len(kinds) + 8)}",
     ]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name and row["draw"] in originals]
@@ -264,8 +235,7 @@ def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
         for kind in ("text", "repeated"):
             nats = [row["kl"][kind] for row in own if row.get("kl")]
             cells.append(f"{statistics.fmean(nats):.3f}" if nats else "")
-        times = [row["prefill"] for row in own if "prefill" in row]
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'{statistics.median(times):.2f}' if times else ''} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

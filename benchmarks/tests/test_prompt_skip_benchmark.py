@@ -14,10 +14,10 @@ from benchmarks import depth_sweep, prompt_skip, prompt_skip_cost
 from benchmarks.last_words import LastWord
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks.data import split_documents
-from streamline_hooks.evaluation import Problem, task_config_from_rows
+from streamline_hooks.evaluation import GeneratedText, Problem, task_config_from_rows
 
 TEXT = "the cat sleeps under a green house near seven small apples while rain falls over the old garden"
-ENDS = [LastWord("the cat sleeps under a green", " house", "garden")] * 2
+ENDS = [LastWord("the cat sleeps under a green ", "house", "garden")] * 2
 QUESTIONS = task_config_from_rows([{"query": "the cat sleeps", "choices": ["under", "rain"], "gold": 0}] * 2, "copa")
 PROBLEMS = {"copying": [Problem("seven small", " apples")] * 2}
 
@@ -35,11 +35,11 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
     split = split_documents(
         texts, tokenizer, sequence_length=16, calibration_tokens=320, validation_tokens=64, test_tokens=64
     )
+    monkeypatch.setattr(depth_sweep, "TIMED_IDS", (3, 300))
+    monkeypatch.setattr(depth_sweep, "TIMED_TOKENS", 24)
     for module in (prompt_skip, depth_sweep):
         monkeypatch.setattr(module, "load_pretrained", lambda name: (small, tokenizer))
         monkeypatch.setattr(module, "split_of", lambda *args, **options: split)
-        monkeypatch.setattr(module, "TIMED_IDS", (3, 300))
-        monkeypatch.setattr(module, "TIMED_TOKENS", 24)
         monkeypatch.setattr(module, "FILE", tmp_path / f"{module.__name__}.json")
     monkeypatch.setattr(depth_sweep, "PICTURE", tmp_path / "depth_sweep.svg")
     monkeypatch.setattr(prompt_skip, "problems_of", lambda *args: PROBLEMS)
@@ -50,7 +50,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
-    words = ["prompt_skip", "--data", ".", "--windows", "2-3", "--items", "2", "--rounds", "1", *arguments]
+    words = ["prompt_skip", "--data", ".", "--windows", "2-3", "--items", "2", *arguments]
     monkeypatch.setattr("sys.argv", words)
     prompt_skip.main()
     rows: dict[str, Any] = json.loads(prompt_skip.FILE.read_text())["rows"]
@@ -67,8 +67,7 @@ def test_each_variant_has_a_row_and_is_measured_once(model: nn.Module, monkeypat
     trained, fitted, skipped, *removed = list(rows.values())[1:]
     assert [len(row["removed"]) for row in removed[-2:]] == [2, 3]  # LLM-Streamline adds a block
     assert trained["training"]["tokens"] > 0 and trained["kl"]["text"] <= fitted["kl"]["text"]
-    assert all(row["prefill"] > 0 for row in (trained, fitted, skipped))
-    assert not any("prefill" in row for row in removed)
+    assert "kl" in skipped and not any("kl" in row for row in removed)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "generate" not in vars(model)
     assert "| generation | by draw | classification | by draw |" in prompt_skip.FILE.with_suffix(".md").read_text()
@@ -82,6 +81,24 @@ def test_choices_are_made_without_heldout_text(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(prompt_skip, "last_words", None)
     rows = run(monkeypatch, "--draw", "development", "--variants", "fitted")
     assert [set(row["tasks"]) for row in rows.values()] == [{"copying"}, {"copying"}]
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize(
+    ("text", "right"), [(" house.", "1"), (" house", "1"), (" houses", "0"), (" green house", "0"), ("", "0")]
+)
+def test_the_last_word_may_be_followed_by_a_full_stop(text: str, right: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+
+    def generate(model: Any, tokenizer: Any, contexts: list[str], *args: Any, **options: Any) -> Any:
+        prompts.extend(contexts)
+        return [(GeneratedText(context, text, (), ended=False),) for context in contexts]
+
+    monkeypatch.setattr(prompt_skip, "generate_texts", generate)
+    small, tokenizer = prompt_skip.load_pretrained("smollm2")
+    tasks = prompt_skip.Tasks(Path("."), tokenizer, 2, "0")
+    assert tasks.last_words(small) == right * 2
+    assert prompts == ["the cat sleeps under a green"] * 2  # the space belongs to the tokens of the word
 
 
 def test_the_sweep_combines_removal_skipping_and_quantization(
