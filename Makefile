@@ -72,7 +72,7 @@ OLDEST_TESTS := $(filter-out tests/surgery/test_second_surgery.py,$(wildcard tes
 	$(filter-out $(addprefix tests/recording/test_,compiled% activation_store_killed%),$(wildcard tests/recording/test_*.py)) \
 	$(addprefix tests/evaluation/test_,agreement.py measures.py sliding.py) \
 	$(filter-out $(addprefix tests/checkpoint/test_,stream% blockwise% loading_config% card% push% overwriting% \
-		custom_modules% quantized%),$(wildcard tests/checkpoint/test_*.py)) \
+		custom_modules% quantized% pretrained_gguf%),$(wildcard tests/checkpoint/test_*.py)) \
 	tests/architectures/test_other_models.py \
 	$(addprefix tests/testing/test_,assertions.py model_state.py) \
 	$(addprefix tests/modeling/test_,block_stack.py forward.py generation.py hidden_state.py hooks.py pooler.py)
