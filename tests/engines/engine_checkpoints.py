@@ -6,8 +6,10 @@ import copy
 import functools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +24,52 @@ from streamline_hooks.repair import insert_replacement
 from streamline_hooks.testing import tiny_model
 from tests.checkpoint.export.small_tokenizer import small_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 WINDOW, WINDOWS = range(12, 16), (range(8, 10), range(16, 18))
 PROMPT_TOKENS = (4, 7, 11, 16, 20, 25, 31, 38)
 NEW_TOKENS = 32
 
 
 @functools.cache
-def _text(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return calibration and validation text of SmolLM2, (sequences, tokens) each."""
-    tokenizer = load_pretrained("smollm2")[1]
+def _qwen_file() -> Path:
+    """Return the GGUF file of Qwen2.5-Coder-0.5B-Instruct, which the recipe of the data folder assembles once."""
+    folder = ROOT / "build" / "qwen"
+    if not (files := sorted(folder.glob("*.gguf"))):
+        recipe = Path(os.environ["STREAMLINE_DATA"], "recipes", "assemble_qwen.sh")
+        subprocess.run(["bash", str(recipe), str(folder)], check=True)
+        files = sorted(folder.glob("*.gguf"))
+    return files[0]
+
+
+@functools.cache
+def _original(name: str) -> Any:
+    return load_pretrained("smollm2" if name == "SmolLM2" else _qwen_file())
+
+
+@functools.cache
+def _text(name: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return calibration and validation text, (sequences, tokens) each."""
+    tokenizer = _original(name)[1]
     ids = tokenizer("\n\n".join(read_documents("pydoc")[:40]), return_tensors="pt").input_ids[0]
     sequences = ids[: 2 * tokens].view(-1, 256)
     return sequences[::2], sequences[1::2]
 
 
-def _smollm2(kind: str, windows: Sequence[range] = (WINDOW,), dtype: torch.dtype = torch.float32) -> Any:
-    """Return SmolLM2 with each window replaced by a kind of replacement."""
-    model, tokenizer = copy.deepcopy(load_pretrained("smollm2"))
-    calibration, validation = _text(4096)
+def _copy(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    model, tokenizer = copy.deepcopy(_original(name))
+    return model.to(dtype), tokenizer
+
+
+def _replaced(name: str, kind: str, windows: Sequence[range] = (WINDOW,), dtype: torch.dtype = torch.float32) -> Any:
+    """Return a real model with each window replaced by a kind of replacement."""
+    model, tokenizer = _copy(name)
+    calibration, validation = _text(name, 4096)
     fitted = fit_windows(model, list(windows), parse_replacement(kind), [calibration], [validation])
     with LayerSurgeon(model) as surgeon:
         for repair in sorted(fitted, key=lambda repair: -repair.window.start):
             insert_replacement(surgeon, repair.window, repair.replacement_module)
         surgeon.commit(kind=kind)
     return model.to(dtype), tokenizer
-
-
-def _in_bfloat16(model: Any, tokenizer: Any) -> Any:
-    return model.bfloat16(), tokenizer
 
 
 def _tiny(model_type: str) -> Any:
@@ -74,18 +94,21 @@ def _tiny(model_type: str) -> Any:
 
 
 CHECKPOINTS: dict[str, Callable[[], Any]] = {
-    "SmolLM2, original": lambda: copy.deepcopy(load_pretrained("smollm2")),
+    "SmolLM2, original": partial(_copy, "SmolLM2"),
     **{
-        f"SmolLM2, {kind}": functools.partial(_smollm2, kind)
+        f"SmolLM2, {kind}": partial(_replaced, "SmolLM2", kind)
         for kind in ("none", "scale", "folded", "merged", "block", "silenced", "linear", "swiglu")
     },
-    "SmolLM2, none, two windows": lambda: _smollm2("none", WINDOWS),
-    "SmolLM2, linear, two windows": lambda: _smollm2("linear", WINDOWS),
-    "SmolLM2, original, bfloat16": lambda: _in_bfloat16(*copy.deepcopy(load_pretrained("smollm2"))),
-    "SmolLM2, folded, bfloat16": lambda: _smollm2("folded", dtype=torch.bfloat16),
+    "SmolLM2, none, two windows": partial(_replaced, "SmolLM2", "none", WINDOWS),
+    "SmolLM2, linear, two windows": partial(_replaced, "SmolLM2", "linear", WINDOWS),
+    "SmolLM2, original, bfloat16": partial(_copy, "SmolLM2", torch.bfloat16),
+    "SmolLM2, folded, bfloat16": partial(_replaced, "SmolLM2", "folded", dtype=torch.bfloat16),
     # Saved in float32; each engine quantizes the weights itself.
-    "SmolLM2, original, int8": lambda: copy.deepcopy(load_pretrained("smollm2")),
-    "SmolLM2, folded, int8": lambda: _smollm2("folded"),
+    "SmolLM2, original, int8": partial(_copy, "SmolLM2"),
+    "SmolLM2, folded, int8": partial(_replaced, "SmolLM2", "folded"),
+    "Qwen2.5-Coder, original": partial(_copy, "Qwen2.5-Coder"),
+    "Qwen2.5-Coder, none": partial(_replaced, "Qwen2.5-Coder", "none"),
+    "Qwen2.5-Coder, silenced": partial(_replaced, "Qwen2.5-Coder", "silenced"),
     "tiny Qwen 3, none": lambda: _tiny("qwen3"),
     "tiny Gemma 3, none": lambda: _tiny("gemma3_text"),
     "tiny Mixtral, none": lambda: _tiny("mixtral"),
