@@ -2,7 +2,7 @@
 
     python -m benchmarks.prompt_skip [--data FOLDER] [--model MODEL] [--windows 20-29,22-29] [--items 60]
         [--draw development] [--variants trained,fitted,skipped,mapped,removed,best,streamline]
-        [--train-tokens 200704] [--learning-rate 0.0001]
+        [--last-tokens 4] [--train-tokens 200704] [--learning-rate 0.0001]
 
 For each window the variants are scored greedily on synthetic problems and on the last words of held-out passages, and
 on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with fitted maps
@@ -50,7 +50,7 @@ from streamline_hooks.evaluation import (
 )
 from streamline_hooks.pipeline import EvaluationConfig, FittedPromptSkip, fit_prompt_skip
 from streamline_hooks.repair import LinearConfig, fit_windows, insert_replacement
-from streamline_hooks.surgery import PromptSkip
+from streamline_hooks.surgery import LAST_TOKENS
 
 FILE = RESULTS / "prompt_skip.json"
 TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens": 4_096}
@@ -68,6 +68,7 @@ VARIANTS = {
 }
 PRESETS = {"best": "best", "streamline": "llm-streamline-layer"}  # they choose the blocks
 TRAINED = {"trained", *PRESETS}
+SKIPPING = {"trained", "fitted", "skipped"}
 
 
 def main() -> None:
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=60, help="items per task")
     parser.add_argument("--draw", choices=SEEDS, default="development")
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of each window; all: {', '.join(VARIANTS)}")
+    parser.add_argument("--last-tokens", type=int, default=LAST_TOKENS, help="of a prompt that run every block")
     parser.add_argument("--train-tokens", type=int, default=200_704)
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the maps")
     options = parser.parse_args()
@@ -91,6 +93,8 @@ def main() -> None:
     training = DistillationConfig(learning_rate=options.learning_rate, validations=4, seed=seed)
     rate = "" if options.learning_rate == parser.get_default("learning_rate") else f", rate {options.learning_rate:g}"
 
+    ending = "" if options.last_tokens == LAST_TOKENS else f", last tokens in full: {options.last_tokens}"
+
     def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         key = f"{options.draw}, {options.items} items, {name}"
         if key not in content["rows"]:
@@ -98,23 +102,23 @@ def main() -> None:
             write(file, content)
             file.with_suffix(".md").write_text(table(content["rows"]))
 
-    add("original", lambda: {"tasks": tasks.score(model)})
+    add("original", lambda: {"tasks": tasks.score(model), "prompt_tokens": tasks.prompt_tokens()})
     for text in options.windows.split(","):
         first, last = map(int, text.split("-"))
         window = range(first, last + 1)
 
         @cache
         def fitted(window: range = window) -> FittedPromptSkip:
-            return fit_prompt_skip(model, split, window, tokenizer=tokenizer)
+            return fit_prompt_skip(model, split, window, tokenizer=tokenizer, last_tokens=options.last_tokens)
 
         def trained(window: range = window) -> FittedPromptSkip:
             fitting = min(TOKENS["calibration_tokens"], more.calibration.numel())
             config = CompressionConfig(data=DataConfig(fitting_tokens=fitting), distillation=training)
-            return fit_prompt_skip(model, more, window, config, tokenizer=tokenizer)
+            return fit_prompt_skip(model, more, window, config, tokenizer=tokenizer, last_tokens=options.last_tokens)
 
         def skipping(fit: Callable[[], FittedPromptSkip]) -> dict[str, Any]:
             done = fit()
-            with PromptSkip(model, done.window, done.maps):
+            with done.open(model):
                 row: dict[str, Any] = {"tasks": tasks.score(model), "kl": dict(done.kl)}
             return row | ({"training": done.training.report()} if done.training else {})
 
@@ -137,7 +141,8 @@ def main() -> None:
             **{key: partial(compressing, preset) for key, preset in PRESETS.items()},
         }
         for name in options.variants.split(","):
-            label = f" ({options.train_tokens:,} tokens{rate if name == 'trained' else ''})" if name in TRAINED else ""
+            label = ending if name in SKIPPING else ""
+            label += f" ({options.train_tokens:,} tokens{rate if name == 'trained' else ''})" if name in TRAINED else ""
             add(f"{f'{len(window)} blocks' if name in PRESETS else text}, {VARIANTS[name]}{label}", measures[name])
     print(table(content["rows"]))
 
@@ -155,6 +160,12 @@ class Tasks:
             for name in QUESTIONS:
                 settings = TaskSettings(metric=TASKS[name].metric, batch_size=CHOICES_AT_ONCE)
                 self.questions |= load_tasks([task_of(name, data / "bench", items, SEEDS[draw])], settings)
+
+    def prompt_tokens(self) -> dict[str, float]:
+        """Return the mean number of tokens of the prompts of each task that generates an answer."""
+        texts = {kind: [problem.prompt for problem in problems] for kind, problems in self.problems.items()}
+        texts |= {"last word": [end.context.rstrip() for end in self.ends]} if self.ends else {}
+        return {kind: statistics.fmean(len(self.tokenizer(text).input_ids) for text in texts[kind]) for kind in texts}
 
     def score(self, model: Any) -> dict[str, str]:
         """Return for each task which items are right, as bits."""
@@ -211,11 +222,16 @@ def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
     originals = {row["draw"]: row["tasks"] for row in rows if row["name"] == "original"}
     kinds = list(next(iter(originals.values())))
     accuracy = {kind: statistics.fmean(_share(tasks[kind]) for tasks in originals.values()) for kind in kinds}
+    tokens = next((row["prompt_tokens"] for row in rows if "prompt_tokens" in row), {})
+    lengths = ", ".join(f"{kind} {count:.0f}" for kind, count in tokens.items())
     draws = f"Draw{'s' if len(originals) > 1 else ''} {', '.join(originals)}"
     lines = [
         f"## {draws}, {items} items per task{' and draw' if len(originals) > 1 else ''}",
         "",
-        "Accuracy of the original: " + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds) + ".",
+        "Accuracy of the original: "
+        + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds)
+        + "."
+        + (f" Mean number of tokens of a prompt: {lengths}." if lengths else ""),
         "",
         f"| blocks | draws | {' | '.join(kinds)} | generation | by draw | classification | by draw | KL text "
         "| KL repeated |",

@@ -51,12 +51,12 @@ def replaced_outputs(
             handle.remove()
 
 
-def prompt_marks(batch: dict[str, Tensor], tokens_of_prompt: int | None = None) -> Tensor:
-    """All tokens of the prompt except its last, and except the first real token of each sequence."""
+def prompt_marks(batch: dict[str, Tensor], tokens_of_prompt: int | None = None, last_tokens: int = 1) -> Tensor:
+    """All tokens of the prompt except its last ones, and except the first real token of each sequence."""
     shape = batch["input_ids"].shape
     end = shape[1] if tokens_of_prompt is None else tokens_of_prompt
     real = batch.get("attention_mask", torch.ones(shape))
-    marks = torch.arange(shape[1]).expand(shape) < end - 1
+    marks = torch.arange(shape[1]).expand(shape) < end - last_tokens
     return marks & (torch.arange(shape[1]).expand(shape) != real.int().argmax(dim=1)[:, None])
 
 

@@ -66,14 +66,17 @@ def test_each_variant_has_a_row_and_is_measured_once(model: nn.Module, monkeypat
     assert all(set(row["tasks"]) == {"copying", "last word", "copa"} for row in rows.values())
     trained, fitted, skipped, *removed = list(rows.values())[1:]
     assert [len(row["removed"]) for row in removed[-2:]] == [2, 3]  # LLM-Streamline adds a block
-    assert trained["training"]["tokens"] > 0 and trained["kl"]["text"] <= fitted["kl"]["text"]
+    assert trained["training"]["tokens"] > 0 and trained["kl"] != fitted["kl"]
     assert "kl" in skipped and not any("kl" in row for row in removed)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "generate" not in vars(model)
     assert "| generation | by draw | classification | by draw |" in prompt_skip.FILE.with_suffix(".md").read_text()
     assert "| 2-3, removed |" in prompt_skip.FILE.with_suffix(".md").read_text()
+    more = run(monkeypatch, "--draw", "0", "--variants", "fitted", "--last-tokens", "1")
+    assert list(more.values())[-1]["name"] == "2-3, skipped, with maps, last tokens in full: 1"
     monkeypatch.setattr(prompt_skip, "fit_prompt_skip", None)  # not called again
-    assert run(monkeypatch, "--draw", "0") == rows
+    assert run(monkeypatch, "--draw", "0") == more
+    assert rows["0, 2 items, original"]["prompt_tokens"].keys() == {"copying", "last word"}
 
 
 @pytest.mark.usefixtures("model")

@@ -27,9 +27,10 @@ from streamline_hooks.pipeline import PLAIN_KINDS
 from streamline_hooks.pipeline import refit as fit_again
 
 Folder = Annotated[Path, Parameter(help="Folder with a compressed model.")]
-Target = Annotated[Path, Parameter(name=["--output", "-o"], help="Folder (plain) or file (gguf, onnx) to write.")]
+Target = Annotated[Path, Parameter(name=["--output", "-o"], help="Folder (plain, mlx) or file (gguf, onnx) to write.")]
 To = Annotated[
-    Literal["plain", "gguf", "onnx"], Parameter(help="Format: plain (Transformers), gguf (llama.cpp) or onnx.")
+    Literal["plain", "mlx", "gguf", "onnx"],
+    Parameter(help="Format: plain (Transformers, vLLM), mlx (plain, checked for mlx-lm), gguf (llama.cpp) or onnx."),
 ]
 MatrixDtype = Annotated[
     GGUFDtype | None,
@@ -67,7 +68,7 @@ def export(
     as_json: Json = False,
     option_values: OptionValues,
 ) -> None:
-    """Export a compressed model as a plain checkpoint, GGUF or ONNX.
+    """Export a compressed model as a plain checkpoint, for MLX, as GGUF or as ONNX.
 
     Example: streamline-hooks export smollm2-small --to gguf --output smollm2-small.gguf
     """

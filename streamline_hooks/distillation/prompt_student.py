@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from streamline_hooks.core import IGNORE_INDEX, Batch, StreamlineError, padding_mask, validate_arguments
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.modeling import Task, get_logits, logits_to_keep, select_tokens
-from streamline_hooks.surgery import PromptSkip, resume
+from streamline_hooks.surgery import LAST_TOKENS, PromptSkip, resume
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class PromptSkipStudent(Student):
     maps : sequence of torch.nn.Module or None
         For each block, the map from the state that enters the window to an estimate of the state that leaves the block;
         see `PromptSkip`.
+    last_tokens : int
+        Number of tokens at the end of a prompt that run every block; default 4.
     stack : str, optional
         Path of the block stack, see `find_stack`.
 
@@ -83,12 +85,13 @@ class PromptSkipStudent(Student):
         window: range,
         maps: Sequence[nn.Module | None],
         *,
+        last_tokens: int = LAST_TOKENS,
         stack: str | None = None,
     ) -> None:
         for module in maps:
             if isinstance(module, nn.Module):
                 module.eval()  # for the probe
-        self.skip = PromptSkip(model, window, maps, stack=stack)
+        self.skip = PromptSkip(model, window, maps, last_tokens=last_tokens, stack=stack)
         named = {str(k): module for k, module in zip(self.skip.window, maps, strict=True) if module is not None}
         self._maps = nn.ModuleDict(named)  # by block, so that a run is not resumed with the maps of other blocks
         if not any(True for _ in self._maps.parameters()):
@@ -109,7 +112,7 @@ class PromptSkipStudent(Student):
 
     def run(self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool) -> tuple[Any, list[Tensor]]:
         """Run the model from the window on the states that enter it, (batch, tokens, features)."""
-        prompt, real = prompt_of(batch), _real_tokens(batch)
+        prompt, real = prompt_of(batch, self.skip.last_tokens), _real_tokens(batch)
         with self.applied():
             output = self.skip.resume(entrance.clone(), self._inputs(batch), prompt)
         first = real & (real.cumsum(dim=1) == 1)
@@ -136,18 +139,20 @@ class PromptSkipStudent(Student):
         return {name: value for name, value in batch.items() if name != "labels"} | logits_to_keep(self.model, kept)
 
 
-@validate_arguments()
-def prompt_of(batch: Batch | Tensor) -> Tensor:
+@validate_arguments(last_tokens=1)
+def prompt_of(batch: Batch | Tensor, last_tokens: int = 1) -> Tensor:
     """Return which tokens of a batch belong to its prompt and may skip blocks.
 
-    These are the tokens that are followed by a token without label. The last token of a prompt is not one of them,
-    because it predicts the first token after it.
+    These are the tokens that are followed by `last_tokens` tokens without label. The last tokens of a prompt are not
+    among them; at least the last one predicts the first token after it.
 
     Parameters
     ----------
     batch : mapping
         ``input_ids`` and ``labels``, (batch, tokens), with the label -100 at the prompt; with padding also
         ``attention_mask``.
+    last_tokens : int
+        Number of tokens at the end of a prompt that run every block; default 1.
 
     Returns
     -------
@@ -170,8 +175,11 @@ def prompt_of(batch: Batch | Tensor) -> Tensor:
             "The batch has no labels of shape (batch, tokens), which separate its prompt from its continuation. "
             f"Expected input_ids and labels, with the label {IGNORE_INDEX} at the prompt. Add them."
         )
-    real, prompt = _real_tokens(batch), torch.zeros_like(labels, dtype=torch.bool)
-    prompt[:, :-1] = real[:, :-1] & real[:, 1:] & (labels[:, 1:] == IGNORE_INDEX)
+    real = _real_tokens(batch)
+    prompt, unlabeled = real.clone(), real & (labels == IGNORE_INDEX)
+    for distance in range(1, last_tokens + 1):
+        prompt[:, :-distance] &= unlabeled[:, distance:]
+        prompt[:, -distance:] = False
     return prompt
 
 

@@ -381,10 +381,11 @@ def _language_model() -> type:
                         f"{pair[1][:80]!r}... has {len(continuation)} tokens. Expected no more than the model's "
                         f"{self.max_length} positions. Leave the item out."
                     )
-            for _, context, continuation in requests if self._skip is not None else ():
-                tokens = [*context, *continuation][-(self.max_length + 1) : -1]
-                # The last token of the context predicts the continuation and runs every block.
-                self._marks[_without_padding(tokens)] = len(tokens) - len(continuation)
+            if self._skip is not None:
+                for _, context, continuation in requests:
+                    tokens = [*context, *continuation][-(self.max_length + 1) : -1]
+                    prompt = len(tokens) - len(continuation) + 1  # the last continuation token is not in `tokens`
+                    self._marks[_without_padding(tokens)] = max(0, prompt - self._skip.last_tokens)
             return super()._loglikelihood_tokens(requests, *args, **settings)
 
         def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Any:

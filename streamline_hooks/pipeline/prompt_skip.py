@@ -33,7 +33,7 @@ from streamline_hooks.repair import fit_windows
 from streamline_hooks.selection import Target
 from streamline_hooks.statistics import Profile
 from streamline_hooks.statistics import profile as measure_profile
-from streamline_hooks.surgery import ModelSource, PromptSkip, checked_window
+from streamline_hooks.surgery import LAST_TOKENS, ModelSource, PromptSkip, checked_window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +60,8 @@ class FittedPromptSkip:
         prompt: of validation text ("text"), and of a passage that is the same as the prompt ("repeated").
     training : TrainingResult or None
         The training run of the maps; None if they are in closed form.
+    last_tokens : int
+        Number of tokens at the end of a prompt that run every block.
 
     Examples
     --------
@@ -71,6 +73,7 @@ class FittedPromptSkip:
     maps: tuple[nn.Module | None, ...]
     kl: Mapping[Continuation, float]
     training: TrainingResult | None = None
+    last_tokens: int = LAST_TOKENS
 
     @property
     def distance(self) -> float:
@@ -87,10 +90,10 @@ class FittedPromptSkip:
         stack : str, optional
             Path of the stack; see `find_stack`.
         """
-        return PromptSkip(model, self.window, self.maps, stack=stack)
+        return PromptSkip(model, self.window, self.maps, last_tokens=self.last_tokens, stack=stack)
 
 
-@validate_arguments()
+@validate_arguments(last_tokens=1)
 def fit_prompt_skip(
     model: PreTrainedModel,
     data: CompressionData,
@@ -99,6 +102,7 @@ def fit_prompt_skip(
     config: CompressionConfig | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    last_tokens: int = LAST_TOKENS,
     checkpoint_file: str | Path | None = None,
     resume: bool = False,
     **fields: Any,
@@ -126,6 +130,8 @@ def fit_prompt_skip(
         `remove` is not used. By default ``CompressionConfig()``, with linear maps and without training.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         Tokenizer for documents.
+    last_tokens : int
+        Number of tokens at the end of a prompt that run every block; see `PromptSkip`. Default 4.
     checkpoint_file : str or Path, optional
         File to resume the training from; see `train`.
     resume : bool
@@ -190,7 +196,7 @@ def fit_prompt_skip(
     target = replace(config, remove=Target(blocks=count))
     ready = prepare_compression(model, tokenizer, parts_of(data), target, task=task)
     windows = [window] if window is not None else _ranked_windows(ready, count)
-    fitted = _fit_maps(ready, windows)
+    fitted = _fit_maps(ready, windows, last_tokens)
     compared = _compared(ready, fitted)
     for candidate in compared:
         logger.info(
@@ -203,7 +209,7 @@ def fit_prompt_skip(
     if not any(True for module in best.maps if module is not None for _ in module.parameters()):
         logger.info("There is no map to train: no other token reads the output of the last block.")
         return best
-    student = PromptSkipStudent(model, best.window, best.maps, stack=stack.path)
+    student = PromptSkipStudent(model, best.window, best.maps, last_tokens=last_tokens, stack=stack.path)
     training = train(
         student,
         list(_training_batches(ready.training, config.seed)),
@@ -257,13 +263,13 @@ def _expected_error(profile: Profile, window: range) -> float:
     return inside + (profile.length - window.stop) * float(distance[window.stop])
 
 
-def _fit_maps(ready: Preparation, windows: Sequence[range]) -> list[FittedPromptSkip]:
+def _fit_maps(ready: Preparation, windows: Sequence[range], last_tokens: int) -> list[FittedPromptSkip]:
     """Fit the maps of each window that can be skipped."""
     stack, refusal = ready.stack, None
     fitted: list[FittedPromptSkip] = []
     for window in windows:
         try:
-            PromptSkip(stack.model, window, stack=stack.path)
+            PromptSkip(stack.model, window, last_tokens=last_tokens, stack=stack.path)
         except UnsupportedSurgery as error:
             refusal = refusal or error
             continue
@@ -271,9 +277,10 @@ def _fit_maps(ready: Preparation, windows: Sequence[range]) -> list[FittedPrompt
         parts = [range(window.start, k + 1) for k in window if k < len(stack) - 1]
         source = ModelSource(stack.model, stack)
         repairs = fit_windows(source, parts, ready.kind, ready.fit, ready.held_out) if parts else []
-        maps = [repair.replacement_module for repair in repairs]
-        modules = tuple(module.eval() if isinstance(module, nn.Module) else None for module in maps)
-        fitted.append(FittedPromptSkip(window, modules + (None,) * (len(window) - len(parts)), {}))
+        fits = [repair.replacement_module for repair in repairs]
+        modules = tuple(module.eval() if isinstance(module, nn.Module) else None for module in fits)
+        maps = modules + (None,) * (len(window) - len(parts))
+        fitted.append(FittedPromptSkip(window, maps, {}, last_tokens=last_tokens))
     if refusal is not None and not fitted:
         raise refusal
     return fitted
@@ -291,11 +298,12 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
         )
     total = sum(int(batch["attention_mask"].sum()) for _, batch in continuations)
     model = ready.stack.model
-    skips = [PromptSkip(model, c.window, c.maps, stack=ready.stack.path, probe=False) for c in fitted]
+    options: dict[str, Any] = {"stack": ready.stack.path, "probe": False}
+    skips = [PromptSkip(model, c.window, c.maps, last_tokens=c.last_tokens, **options) for c in fitted]
     with inference(model), progress_bar(total * (1 + len(fitted)), "compare") as bar:
         for kind, batch in continuations:
-            prompt, mask = prompt_of(batch), batch["attention_mask"]
-            scored = mask.bool() & ~prompt
+            mask = batch["attention_mask"]
+            scored = mask.bool() & ~prompt_of(batch)
             width = scored.shape[1] - int(scored.any(dim=0).int().argmax())  # from the first continuation on
             scored = scored[:, -width:]
             inputs = prepare_inputs(model, {"input_ids": batch["input_ids"], "attention_mask": mask})
@@ -303,7 +311,7 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
             reference = select_tokens(model(**inputs).logits[:, -width:], scored).float().log_softmax(dim=-1)
             bar.update(int(mask.sum()))
             for skip, nats in zip(skips, sums, strict=True):
-                with skip, skip.marked(prompt):
+                with skip, skip.marked(prompt_of(batch, skip.last_tokens)):
                     nats[kind] += summed_kl(reference, select_tokens(model(**inputs).logits[:, -width:], scored))
                 bar.update(int(mask.sum()))
             tokens[kind] += len(reference)

@@ -36,11 +36,13 @@ from streamline_hooks.surgery.splice import AFTER, BEFORE, set_splices, spliced
 
 MODEL_TYPE = "streamline_hooks"
 CODE = "modeling_streamline_hooks"
-FORMAT = 4  # 3 has no `prompt_skip`, 2 no digest and no guard in quantization_config, 1 splices in one stack only
+# 4 has no `last_tokens` of `prompt_skip`, 3 no `prompt_skip`, 2 no digest and no guard in quantization_config, and 1
+# splices in one stack only.
+FORMAT = 5
 PROMPT_MAPS = "prompt_maps"
 """Name of the submodule of a model that holds the maps of `PromptSkip`, by block."""
 _PREFIX = "Streamlined"
-_WITH_DIGEST, _WITH_PROMPT_SKIP = 3, 4
+_WITH_DIGEST, _WITH_PROMPT_SKIP, _WITH_LAST_TOKENS = 3, 4, 5
 _MARK = "has_guard_axis"
 _QUANTIZATION, _REQUIRES = "quantization_config", "requires"
 _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
@@ -240,7 +242,8 @@ def _check_description(description: Any, base_type: Any) -> None:
     elif description["format"] < 1 or "digest" in description:
         raise _changed_file_error(f"'format' is {description['format']}")
     if "prompt_skip" in description:
-        _check_fields(description["prompt_skip"], _FIELDS_OF_PROMPT_SKIP, "'prompt_skip'")
+        last_tokens = {"last_tokens": int} if description["format"] >= _WITH_LAST_TOKENS else {}
+        _check_fields(description["prompt_skip"], _FIELDS_OF_PROMPT_SKIP | last_tokens, "'prompt_skip'")
         for number, module in description["prompt_skip"]["maps"].items():
             _check_fields(module, _FIELDS_OF_MODULE, f"prompt_skip.maps[{number}]")
     elif not description["splices"]:
@@ -278,7 +281,9 @@ def _digest(description: dict[str, Any], base_type: str) -> str:
 
 def format_of(description: dict[str, Any]) -> int:
     """Return the oldest format that can express a description of splices or of skipped blocks."""
-    return _WITH_PROMPT_SKIP if "prompt_skip" in description else _WITH_DIGEST
+    if "prompt_skip" not in description:
+        return _WITH_DIGEST
+    return _WITH_LAST_TOKENS if "last_tokens" in description["prompt_skip"] else _WITH_PROMPT_SKIP
 
 
 def describe_maps(maps: nn.ModuleDict) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ def examine_prompt_skip(model: Any) -> str:
         for batch in ({"input_ids": tokens(2, 9)}, left_padded(2, 9)):
             if own := _own_fault(model, window, batch):
                 return own
-            with PromptSkip(model, window, maps) as skip:
+            with PromptSkip(model, window, maps, last_tokens=1) as skip:
                 if difference := _difference(model, window, skip.maps, batch):
                     return f"WRONG: {difference}"
     except StreamlineError as error:

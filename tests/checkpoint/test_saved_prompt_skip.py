@@ -36,9 +36,9 @@ def maps() -> list[nn.Module | None]:
     return [linear, gated, None]
 
 
-def committed(family: str = "llama") -> Any:
+def committed(family: str = "llama", last_tokens: int = 2) -> Any:
     model = tiny_model(family)
-    with PromptSkip(model, WINDOW, maps()) as skip:
+    with PromptSkip(model, WINDOW, maps(), last_tokens=last_tokens) as skip:
         skip.commit()
     return model
 
@@ -62,7 +62,7 @@ def assert_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 def test_a_committed_model_skips_like_the_open_one(family: str) -> None:
     model, plain = committed(family), tiny_model(family)
     batch = left_padded(3, 9)
-    with PromptSkip(plain, WINDOW, maps()):
+    with PromptSkip(plain, WINDOW, maps(), last_tokens=2):
         expected = plain.generate(**batch, **GREEDY)
     new, skipped, full = outputs(model)
     assert torch.equal(new, expected) and not torch.equal(plain.generate(**batch, **GREEDY), expected)
@@ -74,10 +74,23 @@ def test_saving_and_loading_keeps_it(family: str, tmp_path: Path) -> None:
     model = committed(family)
     folder = save(model, tmp_path / "m")
     for loaded in (load(folder), AutoModelForCausalLM.from_pretrained(folder).eval()):
-        assert prompt_skip_of(loaded).window == WINDOW
+        assert prompt_skip_of(loaded).window == WINDOW and prompt_skip_of(loaded).last_tokens == 2
         assert_equal(outputs(loaded), outputs(model))
     again = save(load(folder), tmp_path / "again")
     assert_equal(outputs(load(again)), outputs(model))
+
+
+def test_checkpoints_written_before_the_number_of_last_tokens_run_one(tmp_path: Path) -> None:
+    model = committed(last_tokens=1)
+    model.config.streamline_hooks["prompt_skip"]["last_tokens"] = "1"
+    with pytest.raises(StreamlineError, match="'last_tokens'.*is '1', expected int"):
+        load(save(model, tmp_path / "damaged"))
+    del model.config.streamline_hooks["prompt_skip"]["last_tokens"]
+    folder = save(model, tmp_path / "before")
+    assert '"format": 4' in (folder / "config.json").read_text()
+    for loaded in (load(folder), load(save(load(folder), tmp_path / "again"))):
+        assert prompt_skip_of(loaded).last_tokens == 1
+        assert_equal(outputs(loaded), outputs(committed(last_tokens=1)))
 
 
 def test_copies_and_pickles_skip_with_their_own_weights() -> None:

@@ -42,7 +42,7 @@ def maps(count: int = len(WINDOW)) -> list[nn.Module | None]:
 
 
 def student_of(model: nn.Module, modules: list[nn.Module | None] | None = None) -> PromptSkipStudent:
-    return PromptSkipStudent(model, WINDOW, maps() if modules is None else modules)
+    return PromptSkipStudent(model, WINDOW, maps() if modules is None else modules, last_tokens=1)
 
 
 def expected_marks(inputs: dict[str, Tensor]) -> Tensor:
@@ -204,26 +204,31 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="another training run"):
         student = student_of(tiny_model("llama"), two)
         train(student, BATCHES, VALIDATION, QUICK, checkpoint_file=tmp_path / "one", resume=True)
-    other = PromptSkipStudent(tiny_model("llama"), range(3, 6), maps())
+    other = PromptSkipStudent(tiny_model("llama"), range(3, 6), maps(), last_tokens=1)
     with pytest.raises(StreamlineError, match="another training run"):
         train(other, BATCHES, VALIDATION, QUICK, checkpoint_file=file, resume=True)
 
 
 @pytest.mark.parametrize(
-    ("labels", "mask", "expected"),
+    ("labels", "mask", "last_tokens", "expected"),
     [
-        ([-100, -100, -100, 9, 9], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]),
-        ([9, 9, 9, 9, 9], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]),
-        ([-100, -100, 9, -100, -100], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]),  # padding at the end
-        ([-100, -100, -100, -100, 9], [0, 0, 1, 1, 1], [0, 0, 1, 0, 0]),  # padding at the start
-        ([-100, 9, 9, -100, -100], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]),  # a second turn of a conversation
+        ([-100, -100, -100, 9, 9], [1, 1, 1, 1, 1], 1, [1, 1, 0, 0, 0]),
+        ([-100, -100, -100, 9, 9], [1, 1, 1, 1, 1], 2, [1, 0, 0, 0, 0]),
+        ([-100, -100, -100, -100, 9], [1, 1, 1, 1, 1], 3, [1, 0, 0, 0, 0]),
+        ([-100, -100, -100, 9, 9], [1, 1, 1, 1, 1], 9, [0, 0, 0, 0, 0]),
+        ([-100, -100, -100, -100, 9], [0, 1, 1, 1, 1], 2, [0, 1, 0, 0, 0]),
+        ([-100, 9, 9, -100, -100], [1, 1, 1, 1, 1], 2, [0, 0, 1, 0, 0]),
+        ([9, 9, 9, 9, 9], [1, 1, 1, 1, 1], 1, [0, 0, 0, 0, 0]),
+        ([-100, -100, 9, -100, -100], [1, 1, 1, 0, 0], 1, [1, 0, 0, 0, 0]),  # padding at the end
+        ([-100, -100, -100, -100, 9], [0, 0, 1, 1, 1], 1, [0, 0, 1, 0, 0]),  # padding at the start
+        ([-100, 9, 9, -100, -100], [1, 1, 1, 1, 1], 1, [0, 0, 1, 1, 0]),  # a second turn of a conversation
     ],
 )
 def test_the_prompt_is_what_is_followed_by_a_token_without_label(
-    labels: list[int], mask: list[int], expected: list[int]
+    labels: list[int], mask: list[int], last_tokens: int, expected: list[int]
 ) -> None:
     inputs = {"input_ids": torch.full((1, 5), 9), "attention_mask": torch.tensor([mask])}
-    assert prompt_of({**inputs, "labels": torch.tensor([labels])}).int().tolist() == [expected]
+    assert prompt_of({**inputs, "labels": torch.tensor([labels])}, last_tokens).int().tolist() == [expected]
 
 
 def without_labels() -> None:

@@ -257,13 +257,15 @@ def test_models_with_splices_and_under_a_surgeon(stories: tuple[Any, Any], tasks
     assert bits[0] < min(bits[1:]) and len({round(value, 6) for value in bits}) == 3
 
 
-@pytest.mark.parametrize("committed", [False, True])
-def test_contexts_of_choices_skip_blocks(committed: bool, stories: tuple[Any, Any], tasks: Path) -> None:
-    """The expected likelihoods come from a forward pass per choice, in which all but the context's last token skip."""
+@pytest.mark.parametrize(("committed", "last_tokens"), [(False, 1), (False, 2), (True, 2)])
+def test_contexts_of_choices_skip_blocks(
+    committed: bool, last_tokens: int, stories: tuple[Any, Any], tasks: Path
+) -> None:
+    """The expected likelihoods come from a forward pass per choice, in which all but the context's last tokens skip."""
     model, tokenizer = copy.deepcopy(stories[0]), stories[1]
     full = run_tasks(model, tokenizer, [tasks / "likeliest.yaml"])["likeliest"].loglikelihoods
     blocks = len(find_stack(model))
-    with PromptSkip(model, range(blocks - 2, blocks)) as skip:
+    with PromptSkip(model, range(blocks - 2, blocks), last_tokens=last_tokens) as skip:
         if committed:
             skip.commit()
         found = run_tasks(model, tokenizer, [tasks / "likeliest.yaml"])["likeliest"].loglikelihoods
@@ -272,7 +274,7 @@ def test_contexts_of_choices_skip_blocks(committed: bool, stories: tuple[Any, An
             context = tokenizer(row["query"]).input_ids
             for choice in row["choices"]:
                 ids = tokenizer(f"{row['query']} {choice}", return_tensors="pt").input_ids
-                with torch.no_grad(), skip.marked(torch.arange(ids.shape[1])[None] < len(context) - 1):
+                with torch.no_grad(), skip.marked(torch.arange(ids.shape[1])[None] < len(context) - last_tokens):
                     nats = model(ids).logits[0].log_softmax(dim=-1)
                 scored = range(len(context), ids.shape[1])
                 expected.append(float(sum(nats[k - 1, ids[0, k]] for k in scored)))

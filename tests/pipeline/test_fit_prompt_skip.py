@@ -49,23 +49,24 @@ def test_the_maps_are_those_of_fit_windows_and_the_last_block_needs_none() -> No
     fitted = fit_prompt_skip(model, every, range(5, 8))
     assert fitted.maps[-1] is None and None not in fitted.maps[:-1]
     with fitted.open(model) as skip:
-        assert skip.window == range(5, 8)
+        assert skip.window == range(5, 8) and skip.last_tokens == 4
         model.generate(every[0], max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 def expected_kl(model: Any, fitted: FittedPromptSkip, ids: torch.Tensor) -> torch.Tensor:
     """The KL divergence of each token of the second half."""
     half = ids.shape[1] // 2
-    marks = torch.arange(ids.shape[1]).expand(ids.shape) < half - 1
+    marks = torch.arange(ids.shape[1]).expand(ids.shape) < half - fitted.last_tokens
     with torch.no_grad():
         reference = model(ids).logits[:, half - 1 :].log_softmax(dim=-1)
         with PromptSkip(model, fitted.window, fitted.maps) as skip, skip.marked(marks):
             return kl_by_token(reference, model(ids).logits[:, half - 1 :])
 
 
-def test_windows_are_compared_on_continuations_of_text_and_of_the_repeated_prompt() -> None:
+@pytest.mark.parametrize("last_tokens", [1, 4])
+def test_windows_are_compared_on_continuations_of_text_and_of_the_repeated_prompt(last_tokens: int) -> None:
     model, every = tiny_model("llama"), batches()
-    fitted = fit_prompt_skip(model, every, range(4, 8))
+    fitted = fit_prompt_skip(model, every, range(4, 8), last_tokens=last_tokens)
     found = {}
     for name in ("text", "repeated"):
         nats: list[torch.Tensor] = []
@@ -145,15 +146,19 @@ class Prompts:
         monkeypatch.setattr(PromptSkip, "resume", recorded)
 
 
-def test_training_alternates_text_and_repeated_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last_tokens", [1, 3])
+def test_training_alternates_text_and_repeated_passages(last_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     prompts = Prompts(monkeypatch)
-    fit_prompt_skip(model, batches(40), range(3, 6), distillation=DistillationConfig(validations=1))
+    training = DistillationConfig(validations=1)
+    fitted = fit_prompt_skip(model, batches(40), range(3, 6), distillation=training, last_tokens=last_tokens)
     repeated = [bool((ids[:, :8] == ids[:, 8:]).all()) for ids in prompts.ids]
     assert abs(sum(repeated) - len(repeated) / 2) <= 1 and len(repeated) > 10
     of_text = torch.cat([m for m, same in zip(prompts.marks, repeated, strict=True) if not same])
-    assert 3 <= int(of_text.min()) < int(of_text.max()) <= 11  # a quarter to three quarters, without the last token
-    assert all(bool((m == 7).all()) for m, same in zip(prompts.marks, repeated, strict=True) if same)
+    shortest, longest = 4 - last_tokens, 12 - last_tokens  # a quarter to three quarters, without the last tokens
+    assert shortest <= int(of_text.min()) < int(of_text.max()) <= longest
+    assert fitted.open(model).last_tokens == last_tokens
+    assert all(bool((m == 8 - last_tokens).all()) for m, same in zip(prompts.marks, repeated, strict=True) if same)
 
 
 def test_protected_blocks_run_and_the_shortlist_limits_the_windows() -> None:

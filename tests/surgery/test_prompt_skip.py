@@ -35,13 +35,15 @@ def maps(count: int = len(WINDOW)) -> list[nn.Module | None]:
 
 
 @torch.no_grad()
-def greedy_reference(model: Any, estimates: Sequence[nn.Module | None], batch: dict[str, Tensor], new: int) -> Tensor:
+def greedy_reference(
+    model: Any, estimates: Sequence[nn.Module | None], batch: dict[str, Tensor], new: int, last_tokens: int = 1
+) -> Tensor:
     """Greedy tokens, each from a full forward pass without a cache over the whole sequence."""
     prompt = batch["input_ids"].shape[1]
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     whole = {"input_ids": batch["input_ids"], "attention_mask": mask}
     for _ in range(new):
-        with replaced_outputs(model, WINDOW, estimates, prompt_marks(whole, prompt)):
+        with replaced_outputs(model, WINDOW, estimates, prompt_marks(whole, prompt, last_tokens)):
             logits = model(**with_positions(model, whole), use_cache=False).logits
         token = logits[:, -1:].argmax(dim=-1)
         whole = {
@@ -76,9 +78,33 @@ def test_generate_skips_the_prompt_except_its_first_and_last_token(family: str) 
     model, estimates = tiny_model(family), maps()
     for batch in batches():
         expected = greedy_reference(model, estimates, batch, 5)
-        with PromptSkip(model, WINDOW, estimates):
+        with PromptSkip(model, WINDOW, estimates, last_tokens=1):
             assert torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY), expected)
         assert not torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("last_tokens", [2, 3, 4, 20])
+@pytest.mark.parametrize("way", [{}, {"prefill_chunk_size": 4}, {"prefill_chunk_size": 5}])
+def test_the_last_tokens_of_a_prompt_run_every_block(last_tokens: int, way: dict[str, int]) -> None:
+    if way and transformers.__version__ < "5":
+        pytest.skip("Transformers 4 has no such argument")
+    model, estimates = tiny_model("llama"), maps()
+    for batch in batches():
+        expected = greedy_reference(model, estimates, batch, 5, last_tokens)
+        with PromptSkip(model, WINDOW, estimates, last_tokens=last_tokens):
+            assert torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY, **way), expected)
+
+
+def test_by_default_four_tokens_at_the_end_run_every_block() -> None:
+    model, seen = tiny_model("llama"), []
+    model.model.layers[3].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
+    with PromptSkip(model, WINDOW) as skip:
+        seen.clear()
+        model.generate(tokens(1, 9), max_new_tokens=2, **GREEDY)
+        model.generate(tokens(1, 5), max_new_tokens=1, **GREEDY)
+    assert seen == [5, 1, 5] and skip.last_tokens == 4
+    with pytest.raises(StreamlineError, match="last_tokens=0.*at least 1"):
+        PromptSkip(model, WINDOW, last_tokens=0)
 
 
 WAYS = {
@@ -95,7 +121,7 @@ def test_ways_of_generating_give_the_tokens_of_the_reference(family: str, way: s
     model, estimates = tiny_model(family), maps()
     for batch in [{"input_ids": tokens(1, 11)}] if way == "prompt lookup" else batches():
         expected = greedy_reference(model, estimates, batch, 5)
-        with PromptSkip(model, WINDOW, estimates):
+        with PromptSkip(model, WINDOW, estimates, last_tokens=1):
             assert torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY, **WAYS[way]), expected), batch
 
 
@@ -106,7 +132,7 @@ def test_beam_search_equals_the_reference(family: str) -> None:
         expanded = {name: value.repeat_interleave(3, dim=0) for name, value in batch.items()}
         with replaced_outputs(model, WINDOW, estimates, prompt_marks(expanded)):
             expected = model.generate(**batch, num_beams=3, max_new_tokens=5, **GREEDY)
-        with PromptSkip(model, WINDOW, estimates):
+        with PromptSkip(model, WINDOW, estimates, last_tokens=1):
             assert torch.equal(model.generate(**batch, num_beams=3, max_new_tokens=5, **GREEDY), expected)
 
 
@@ -116,7 +142,7 @@ def test_assisted_generation_skips_the_prompt_and_no_drafts(family: str) -> None
     model, assistant, estimates = tiny_model(family), tiny_model(family), maps()
     single = {"input_ids": tokens(1, 9)}
     expected = greedy_reference(model, estimates, single, 6)
-    with PromptSkip(model, WINDOW, estimates):
+    with PromptSkip(model, WINDOW, estimates, last_tokens=1):
         drafted = model.generate(**single, assistant_model=assistant, max_new_tokens=6, **GREEDY)
     assert torch.equal(drafted, expected)
 
@@ -125,7 +151,7 @@ def test_assisted_generation_skips_the_prompt_and_no_drafts(family: str) -> None
 def test_a_second_turn_skips_only_its_new_tokens(family: str) -> None:
     model, estimates, first = tiny_model(family), maps(), tokens(1, 7)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    with torch.no_grad(), PromptSkip(model, WINDOW, estimates):
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates, last_tokens=1):
         turn = model.generate(first, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
         history = torch.cat([turn.sequences, tokens(1, 5, seed=3)], dim=1)
         cached = turn[name].get_seq_length()
@@ -144,7 +170,7 @@ def test_a_prompt_of_one_token_and_plain_forward_passes_are_the_full_models_to_t
     options = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True, **GREEDY}
     with torch.no_grad():
         expected, logits = model.generate(ids[:, :1], **options), model(ids).logits
-        with PromptSkip(model, WINDOW, maps()):
+        with PromptSkip(model, WINDOW, maps(), last_tokens=1):
             computed = model.generate(ids[:, :1], **options)
             assert torch.equal(model(ids).logits, logits)
     assert torch.equal(torch.stack(computed.logits), torch.stack(expected.logits))
@@ -196,7 +222,7 @@ def test_adapters_of_keys_and_values_that_are_zero_at_first_are_used_and_trained
         attention = model.model.layers[k].self_attn
         attention.k_proj, attention.v_proj = LowRank(attention.k_proj), LowRank(attention.v_proj)
     marks = prompt_marks({"input_ids": ids})
-    with PromptSkip(model, WINDOW, estimates) as skip:
+    with PromptSkip(model, WINDOW, estimates, last_tokens=1) as skip:
         adapters = [module for module in model.modules() if isinstance(module, LowRank)]
         for adapter in adapters:
             nn.init.normal_(adapter.up.weight, std=0.3)
@@ -213,7 +239,7 @@ def test_a_turn_may_be_given_as_all_tokens_or_as_the_new_ones(only_new: bool) ->
     model, estimates, first = tiny_model("llama"), maps(), tokens(1, 4)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     seen: list[int] = []
-    with torch.no_grad(), PromptSkip(model, WINDOW, estimates):
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates, last_tokens=1):
         cache = model(first, use_cache=True)[name]
         whole = torch.cat([first, tokens(1, 9, seed=3)], dim=1)
         model.model.layers[3].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
@@ -227,7 +253,7 @@ def test_drafts_by_the_model_itself_leave_its_prompt_skipping() -> None:
     model, estimates, ids = tiny_model("llama"), maps(), tokens(1, 9)
     seen: list[int] = []
     expected = greedy_reference(model, estimates, {"input_ids": ids}, 6)
-    with PromptSkip(model, WINDOW, estimates):
+    with PromptSkip(model, WINDOW, estimates, last_tokens=1):
         model.model.layers[4].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
         options = {"assistant_early_exit": 2, "max_new_tokens": 6, **GREEDY}
         assert torch.equal(model.generate(ids, **options), expected)
@@ -237,7 +263,7 @@ def test_drafts_by_the_model_itself_leave_its_prompt_skipping() -> None:
 def test_an_assistant_whose_prompts_skip_blocks_runs_drafts_in_full() -> None:
     model, assistant, ids, seen = tiny_model("llama"), tiny_model("llama"), tokens(1, 9), []
     expected = model.generate(ids, max_new_tokens=6, **GREEDY)
-    with PromptSkip(assistant, WINDOW):
+    with PromptSkip(assistant, WINDOW, last_tokens=1):
         skipped = assistant.model.layers[3]
         skipped.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
         skipped.register_forward_pre_hook(lambda block, args: seen.append(-args[0].shape[1]))
@@ -251,7 +277,7 @@ def test_an_assistant_whose_prompts_skip_blocks_runs_drafts_in_full() -> None:
 @pytest.mark.parametrize("name", ["bloom", "falcon"])
 def test_a_chunk_in_which_every_token_skips_works_where_blocks_return_tuples(name: str) -> None:
     model, ids = model_of_type(name), tokens(2, 12)
-    with PromptSkip(model, range(4, 8)):
+    with PromptSkip(model, range(4, 8), last_tokens=1):
         expected = model.generate(ids, max_new_tokens=3, **GREEDY)
         assert torch.equal(model.generate(ids, max_new_tokens=3, prefill_chunk_size=4, **GREEDY), expected)
 
@@ -284,7 +310,7 @@ def test_marks_inside_marks_end_with_their_context() -> None:
 
 def test_a_forward_pass_without_a_prompt_compiles_to_one_graph() -> None:
     model, ids = tiny_model("llama"), tokens(1, 7)
-    with torch.no_grad(), PromptSkip(model, WINDOW, maps()):
+    with torch.no_grad(), PromptSkip(model, WINDOW, maps(), last_tokens=1):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(ids, use_cache=False).logits, model(ids).logits, atol=1e-5)
 
@@ -292,7 +318,7 @@ def test_a_forward_pass_without_a_prompt_compiles_to_one_graph() -> None:
 def test_only_the_first_and_last_token_run_the_rest_of_a_skipped_block() -> None:
     model, seen = tiny_model("llama"), []
     model.model.layers[3].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
-    with PromptSkip(model, WINDOW):
+    with PromptSkip(model, WINDOW, last_tokens=1):
         seen.clear()
         model.generate(tokens(1, 9), max_new_tokens=3, **GREEDY)
     assert seen == [2, 1, 1]
@@ -340,7 +366,7 @@ def test_maps_of_another_precision_and_in_training_mode_work() -> None:
 def test_compiled_calls_equal_the_model_itself() -> None:
     model, ids, estimates = tiny_model("llama"), tokens(1, 7), maps()
     marks = prompt_marks({"input_ids": ids})
-    with torch.no_grad(), PromptSkip(model, WINDOW, estimates) as skip:
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates, last_tokens=1) as skip:
         compiled = torch.compile(model, backend="eager")
         full = model(ids).logits
         with skip.marked(marks):
@@ -372,7 +398,7 @@ def test_gradients_reach_the_maps_and_the_blocks() -> None:
 def test_an_error_in_a_forward_pass_leaves_nothing_marked() -> None:
     model, ids = tiny_model("llama"), tokens(1, 6)
     expected = model(ids).logits
-    with PromptSkip(model, WINDOW, maps()) as skip:
+    with PromptSkip(model, WINDOW, maps(), last_tokens=1) as skip:
         handle = model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError), skip.marked(prompt_marks({"input_ids": ids})):
             model(ids)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from streamline_hooks.checkpoint.export.gguf import GGUFDtype, check_gguf, export_gguf
+from streamline_hooks.checkpoint.export.mlx import check_mlx
 from streamline_hooks.checkpoint.export.onnx import check_onnx, export_onnx
 from streamline_hooks.checkpoint.export.plain import export_plain
 from streamline_hooks.checkpoint.load import load
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-Format = Literal["plain", "gguf", "onnx"]
+Format = Literal["plain", "mlx", "gguf", "onnx"]
 
 
 @validate_arguments()
@@ -38,7 +39,7 @@ def check_export(
 
     source, target = Path(folder), Path(output)
     read_json(source / CONFIG)
-    if to == "plain":
+    if to in ("plain", "mlx"):
         check_output_folder(target, overwrite)
     elif os.path.exists(target) and not overwrite:
         raise StreamlineError(
@@ -67,16 +68,17 @@ def export_folder(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a compressed model as a plain checkpoint, as GGUF or as ONNX.
+    """Write a compressed model as a plain checkpoint, for MLX, as GGUF or as ONNX.
 
     Parameters
     ----------
     folder : str or Path
         Checkpoint of `compress` or `save`. Its tokenizer is exported too, except with ONNX.
     output : str or Path
-        Folder (plain) or file (gguf, onnx) to write.
-    to : {"plain", "gguf", "onnx"}
-        Format; default ``"plain"``.
+        Folder (plain, mlx) or file (gguf, onnx) to write.
+    to : {"plain", "mlx", "gguf", "onnx"}
+        Format; default ``"plain"``. ``"mlx"`` is a plain checkpoint too, but refused if mlx-lm would run it in another
+        way than Transformers.
     model : transformers.PreTrainedModel, optional
         Model to export; by default that in `folder`.
     dtype : {"f32", "f16", "bf16", "q8_0", "q4_0"}
@@ -110,10 +112,12 @@ def export_folder(
     source = Path(folder)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     exported_model = load(folder, **options) if model is None else model
+    if to == "mlx":
+        check_mlx(exported_model.config)
     tokenizer = load_tokenizer(source, trust_remote_code)
     if tokenizer is None and to != "onnx":
         logger.info(f"{folder} has no tokenizer, so none is exported")
-    if to == "plain":
+    if to in ("plain", "mlx"):
         export_plain(exported_model, output, tokenizer=tokenizer, overwrite=overwrite)
     elif to == "onnx":
         export_onnx(exported_model, output)
