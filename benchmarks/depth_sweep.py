@@ -141,7 +141,8 @@ class Measure:
                 half = ids.shape[1] // 2
                 if repeated:
                     ids = ids[:, :half].repeat(1, 2)
-                prompt = (torch.arange(ids.shape[1]) < half - 1).expand(ids.shape)
+                last_tokens = 1 if skip is None else skip.last_tokens
+                prompt = (torch.arange(ids.shape[1]) < half - last_tokens).expand(ids.shape)
                 reference = self.original(ids).logits[:, half - 1 :].float().log_softmax(dim=-1)
                 with nullcontext() if skip is None else skip.marked(prompt):
                     nats.append(kl_by_token(reference, model(ids).logits[:, half - 1 :]).flatten())

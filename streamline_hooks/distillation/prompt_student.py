@@ -48,7 +48,7 @@ class PromptSkipStudent(Student):
         For each block, the map from the state that enters the window to an estimate of the state that leaves the block;
         see `PromptSkip`.
     last_tokens : int
-        Number of tokens at the end of a prompt that run every block; default 4.
+        Number of tokens at the end of a prompt that run every block; default 16.
     stack : str, optional
         Path of the block stack, see `find_stack`.
 
@@ -70,7 +70,7 @@ class PromptSkipStudent(Student):
     >>> from streamline_hooks.replacements import LinearReplacement
     >>> from streamline_hooks.testing import tiny_model
     >>> from streamline_hooks.distillation import DistillationConfig, train
-    >>> student = PromptSkipStudent(tiny_model("llama"), range(6, 8), [LinearReplacement(32), None])
+    >>> student = PromptSkipStudent(tiny_model("llama"), range(6, 8), [LinearReplacement(32), None], last_tokens=1)
     >>> ids = torch.arange(3, 23).view(2, 10)
     >>> batches = [{"input_ids": ids, "labels": ids.masked_fill(torch.arange(10) < 5, -100)}]
     >>> train(student, batches, batches, DistillationConfig(validations=1)).tokens

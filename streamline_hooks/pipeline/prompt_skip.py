@@ -131,7 +131,7 @@ def fit_prompt_skip(
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         Tokenizer for documents.
     last_tokens : int
-        Number of tokens at the end of a prompt that run every block; see `PromptSkip`. Default 4.
+        Number of tokens at the end of a prompt that run every block; see `PromptSkip`. Default 16.
     checkpoint_file : str or Path, optional
         File to resume the training from; see `train`.
     resume : bool
@@ -162,7 +162,7 @@ def fit_prompt_skip(
     >>> from streamline_hooks.testing import tiny_model
     >>> model = tiny_model("llama")
     >>> batches = [torch.randint(3, 60, (2, 16)) for _ in range(12)]
-    >>> fitted = fit_prompt_skip(model, batches, 3)
+    >>> fitted = fit_prompt_skip(model, batches, 3, last_tokens=2)
     >>> len(fitted.window), len(fitted.maps)
     (3, 3)
     >>> with fitted.open(model):
@@ -291,10 +291,12 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
     sums: list[dict[Continuation, float]] = [{"text": 0.0, "repeated": 0.0} for _ in fitted]
     tokens: dict[Continuation, int] = {"text": 0, "repeated": 0}
     continuations = list(_continuations(ready.verification))
-    if not continuations:
+    last_tokens = fitted[0].last_tokens
+    if not any(bool(prompt_of(batch, last_tokens).any()) for _, batch in continuations):
         raise StreamlineError(
-            "fit_prompt_skip: no validation sequence has two tokens, a prompt and a continuation. Expected longer "
-            "ones. Pass more or longer texts."
+            "fit_prompt_skip: the first half of a validation sequence is its prompt, and none has more than the "
+            f"{last_tokens} tokens at its end that run every block. Expected longer sequences. Pass longer texts, or a "
+            "smaller last_tokens."
         )
     total = sum(int(batch["attention_mask"].sum()) for _, batch in continuations)
     model = ready.stack.model

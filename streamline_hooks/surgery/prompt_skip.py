@@ -44,12 +44,8 @@ from streamline_hooks.surgery.skipped_block import (
 )
 from streamline_hooks.surgery.spliced_model import PROMPT_MAPS, describe_maps, resolve_model_path
 
-LAST_TOKENS = 4
-"""Tokens at the end of a prompt that run every block: the default.
-
-On SmolLM2-135M with 10 of 30 blocks skipped, a prompt whose last token runs keeps 88 % of the accuracy of generated
-answers, and one whose last 4 tokens run 99 % (``benchmarks/results/prompt_skip.md``).
-"""
+LAST_TOKENS = 16
+"""Default number of tokens at the end of a prompt that run every block (``benchmarks/results/prompt_skip.md``)."""
 _SKIP = "_streamline_prompt_skip"
 
 
@@ -75,7 +71,7 @@ class PromptSkip:
         None. The map of the last block of the model has no effect on other tokens.
     last_tokens : int
         Number of tokens at the end of a prompt that run every block; at least 1, because the last one predicts the
-        first token after the prompt. Default 4.
+        first token after the prompt. Default 16. Shorter prompts skip nothing.
     stack : str, optional
         Path of the stack, if the model has several; see `find_stack`.
     probe : bool
@@ -102,7 +98,7 @@ class PromptSkip:
     --------
     >>> from streamline_hooks.testing import tiny_model
     >>> model, prompt = tiny_model("llama"), torch.tensor([[3, 4, 5, 6, 7, 8]])
-    >>> with PromptSkip(model, range(5, 8)):
+    >>> with PromptSkip(model, range(5, 8), last_tokens=2):
     ...     model.generate(prompt, max_new_tokens=2, do_sample=False).shape
     torch.Size([1, 8])
     """

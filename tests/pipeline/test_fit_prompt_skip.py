@@ -34,7 +34,7 @@ def in_parts(count: int = 12) -> dict[str, list[torch.Tensor]]:
 def test_a_given_window_gets_the_maps_of_the_states_that_enter_it() -> None:
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())
-    fitted = fit_prompt_skip(model, batches(), range(3, 6), repair=LinearConfig(rank=4))
+    fitted = fit_prompt_skip(model, batches(), range(3, 6), repair=LinearConfig(rank=4), last_tokens=2)
     assert fitted.window == range(3, 6) and all(isinstance(module, nn.Module) for module in fitted.maps)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     states = model(batches(1)[0], output_hidden_states=True).hidden_states
@@ -46,10 +46,10 @@ def test_a_given_window_gets_the_maps_of_the_states_that_enter_it() -> None:
 
 def test_the_maps_are_those_of_fit_windows_and_the_last_block_needs_none() -> None:
     model, every = tiny_model("llama"), batches()
-    fitted = fit_prompt_skip(model, every, range(5, 8))
+    fitted = fit_prompt_skip(model, every, range(5, 8), last_tokens=2)
     assert fitted.maps[-1] is None and None not in fitted.maps[:-1]
     with fitted.open(model) as skip:
-        assert skip.window == range(5, 8) and skip.last_tokens == 4
+        assert skip.window == range(5, 8) and skip.last_tokens == 2
         model.generate(every[0], max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
@@ -90,8 +90,8 @@ def validation_of(model: Any, every: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def test_the_chosen_window_is_the_closest_of_all() -> None:
     model, every = tiny_model("llama"), batches()
-    chosen = fit_prompt_skip(model, every, 3, search=WindowSearch(shortlist=6))
-    alone = {start: fit_prompt_skip(model, every, range(start, start + 3)) for start in range(6)}
+    chosen = fit_prompt_skip(model, every, 3, search=WindowSearch(shortlist=6), last_tokens=2)
+    alone = {start: fit_prompt_skip(model, every, range(start, start + 3), last_tokens=2) for start in range(6)}
     best = min(alone.values(), key=lambda fitted: fitted.distance)
     assert chosen.window == best.window and chosen.distance == pytest.approx(best.distance, rel=1e-4)
 
@@ -102,20 +102,20 @@ def weights_of(fitted: FittedPromptSkip) -> list[torch.Tensor]:
 
 def test_training_starts_from_the_closed_form_and_lowers_both_divergences(tmp_path: Path) -> None:
     model, every = tiny_model("llama"), batches(40)
-    solved = fit_prompt_skip(model, every, range(3, 6))
+    solved = fit_prompt_skip(model, every, range(3, 6), last_tokens=2)
     run = {"distillation": DistillationConfig(epochs=4, validations=4), "checkpoint_file": tmp_path / "training"}
-    trained = fit_prompt_skip(model, every, range(3, 6), **run)
+    trained = fit_prompt_skip(model, every, range(3, 6), **run, last_tokens=2)
     assert trained.training is not None and trained.training.tokens > 1000 and trained.window == solved.window
     assert all(trained.kl[name] < solved.kl[name] for name in ("text", "repeated")) and solved.training is None
-    again = fit_prompt_skip(model, every, range(3, 6), resume=True, **run)  # the run is complete
+    again = fit_prompt_skip(model, every, range(3, 6), resume=True, **run, last_tokens=2)  # the run is complete
     assert all(torch.equal(a, b) for a, b in zip(weights_of(again), weights_of(trained), strict=True))
-    other = fit_prompt_skip(model, every, range(3, 6), seed=1, distillation=run["distillation"])
+    other = fit_prompt_skip(model, every, range(3, 6), seed=1, distillation=run["distillation"], last_tokens=2)
     assert not any(torch.equal(a, b) for a, b in zip(weights_of(other), weights_of(trained), strict=True))
     assert all(module is None or not module.training for module in trained.maps)
 
 
 def test_without_a_map_nothing_is_trained() -> None:
-    fitted = fit_prompt_skip(tiny_model("llama"), batches(), 1, distillation=DistillationConfig())
+    fitted = fit_prompt_skip(tiny_model("llama"), batches(), 1, distillation=DistillationConfig(), last_tokens=2)
     assert fitted.window == range(7, 8) and fitted.maps == (None,) and fitted.training is None and fitted.distance == 0
 
 
@@ -123,10 +123,12 @@ def test_short_documents_among_others_are_no_problem() -> None:
     long = batches(12)
     short = [long[0][:1, :1], long[1][:1, :3]]
     data = {"calibration": [*long[2:8], *short], "validation": [*long[8:10], long[8][:1, 5:8]], "test": long[10:]}
-    fitted = fit_prompt_skip(tiny_model("llama"), data, range(3, 6), distillation=DistillationConfig(validations=1))
+    fitted = fit_prompt_skip(
+        tiny_model("llama"), data, range(3, 6), distillation=DistillationConfig(validations=1), last_tokens=2
+    )
     assert fitted.training is not None and math.isfinite(fitted.distance)
-    with pytest.raises(StreamlineError, match="two tokens"):
-        fit_prompt_skip(tiny_model("llama"), {**data, "validation": [long[9][:, :1]]}, range(3, 6))
+    with pytest.raises(StreamlineError, match="more than the 2 tokens"):
+        fit_prompt_skip(tiny_model("llama"), {**data, "validation": [long[9][:, :1]]}, range(3, 6), last_tokens=2)
 
 
 class Prompts:
@@ -163,10 +165,10 @@ def test_training_alternates_text_and_repeated_passages(last_tokens: int, monkey
 
 def test_protected_blocks_run_and_the_shortlist_limits_the_windows() -> None:
     model, every = tiny_model("llama"), batches()
-    chosen = fit_prompt_skip(model, every, 3, search=WindowSearch(protect=(4,)))
+    chosen = fit_prompt_skip(model, every, 3, search=WindowSearch(protect=(4,)), last_tokens=2)
     assert 4 not in chosen.window
     with pytest.raises(StreamlineError, match="protect"):
-        fit_prompt_skip(model, every, 7, search=WindowSearch(protect=(4,)))
+        fit_prompt_skip(model, every, 7, search=WindowSearch(protect=(4,)), last_tokens=2)
 
 
 def test_padded_rows_of_unequal_length_are_continued_from_their_own_half() -> None:
@@ -174,7 +176,7 @@ def test_padded_rows_of_unequal_length_are_continued_from_their_own_half() -> No
     mask = torch.ones(2, 16, dtype=torch.long)
     mask[1, :5] = 0
     padded = [{"input_ids": row, "attention_mask": mask} for row in ids]
-    fitted = fit_prompt_skip(model, padded, range(5, 8))
+    fitted = fit_prompt_skip(model, padded, range(5, 8), last_tokens=2)
     assert all(math.isfinite(value) and value > 0 for value in fitted.kl.values())
 
 
@@ -194,11 +196,11 @@ REFUSED = {
 def test_what_cannot_be_fitted_is_refused(case: str) -> None:
     blocks, fields, message = REFUSED[case]
     with pytest.raises(StreamlineError, match=message):
-        fit_prompt_skip(tiny_model("llama"), batches(), blocks, **fields)
+        fit_prompt_skip(tiny_model("llama"), batches(), blocks, **fields, last_tokens=2)
 
 
 def test_models_without_a_prompt_are_refused() -> None:
     with pytest.raises(StreamlineError, match="AutoModelForCausalLM|causal"):
-        fit_prompt_skip(transformers.BertForMaskedLM(tiny_config("bert")), batches(), 2)
+        fit_prompt_skip(transformers.BertForMaskedLM(tiny_config("bert")), batches(), 2, last_tokens=2)
     with pytest.raises(UnsupportedSurgery, match="cache"):
-        fit_prompt_skip(tiny_model("rwkv"), batches(), 2)
+        fit_prompt_skip(tiny_model("rwkv"), batches(), 2, last_tokens=2)

@@ -95,14 +95,14 @@ def test_the_last_tokens_of_a_prompt_run_every_block(last_tokens: int, way: dict
             assert torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY, **way), expected)
 
 
-def test_by_default_four_tokens_at_the_end_run_every_block() -> None:
+def test_by_default_sixteen_tokens_at_the_end_run_every_block() -> None:
     model, seen = tiny_model("llama"), []
     model.model.layers[3].mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0].shape[1]))
     with PromptSkip(model, WINDOW) as skip:
         seen.clear()
-        model.generate(tokens(1, 9), max_new_tokens=2, **GREEDY)
-        model.generate(tokens(1, 5), max_new_tokens=1, **GREEDY)
-    assert seen == [5, 1, 5] and skip.last_tokens == 4
+        model.generate(tokens(1, 20), max_new_tokens=2, **GREEDY)
+        model.generate(tokens(1, 17), max_new_tokens=1, **GREEDY)
+    assert seen == [17, 1, 17] and skip.last_tokens == 16
     with pytest.raises(StreamlineError, match="last_tokens=0.*at least 1"):
         PromptSkip(model, WINDOW, last_tokens=0)
 
@@ -423,7 +423,7 @@ def with_checkpointing(model: Any, skip: PromptSkip) -> None:
 
 
 def without_cache(model: Any, skip: PromptSkip) -> None:
-    model.generate(tokens(1, 5), max_new_tokens=3, use_cache=False)
+    model.generate(tokens(1, 20), max_new_tokens=3, use_cache=False)
 
 
 def with_attentions(model: Any, skip: PromptSkip) -> None:
@@ -438,7 +438,7 @@ def in_batches(model: Any, skip: PromptSkip) -> None:
 def with_other_attention(model: Any, skip: PromptSkip) -> None:
     model.config._attn_implementation = "flash_attention_2"
     try:
-        model.generate(tokens(1, 5), max_new_tokens=2)
+        model.generate(tokens(1, 20), max_new_tokens=2)
     finally:
         model.config._attn_implementation = "sdpa"
 
