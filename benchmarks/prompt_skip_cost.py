@@ -2,12 +2,12 @@
 
     python -m benchmarks.prompt_skip_cost [--tokens 512,1024,2048] [--skipped 5,10,15] [--rounds 9]
 
-The last blocks are skipped, and every other token than the last of the prompt gets its keys and values from linear
-maps, which are not fitted, because the values of the weights do not affect the time. The ideal cost counts the FLOPs of
-matrix products and attention: those of the full model without the skipped blocks, and in the skipped blocks those of
-the maps, of the projections of keys and values, and of the two tokens that run. The time is that of `generate` for one
-new token, as the ratio of medians of alternating runs. A row has both ratios, and the saved time as a fraction of the
-ideal saving. The results are saved to ``benchmarks/results/prompt_skip_cost.json`` and ``.md``.
+The last blocks are skipped, and the tokens of the prompt, except the first and the last 16, get their keys and values
+from linear maps, which are not fitted, because the values of the weights do not affect the time. The ideal cost counts
+the FLOPs of matrix products and attention: those of the full model without the skipped blocks, and in the skipped
+blocks those of the maps, of the projections of keys and values, and of the tokens that run. The time is that of
+`generate` for one new token, as the ratio of medians of alternating runs. A row has both ratios, and the saved time as
+a fraction of the ideal saving. The results are saved to ``benchmarks/results/prompt_skip_cost.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.timing import interleaved, machine, ratio
 from streamline_hooks import find_stack
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.surgery import PromptSkip
+from streamline_hooks.surgery import LAST_TOKENS, PromptSkip
 
 FILE = RESULTS / "prompt_skip_cost.json"
 IDS = (3, 40_000)
@@ -80,7 +80,7 @@ def ideal_ratio(model: Any, ids: Tensor, skipped: int) -> float:
     attention = f"{type(model).__name__}.{stack.path}.0.self_attn"
     keys = counts[f"{attention}.k_proj"] + counts[f"{attention}.v_proj"]
     maps = 2 * tokens * model.config.hidden_size**2 * (skipped - 1)
-    run = 2 / tokens * (block - keys)  # the first and the last token
+    run = (1 + LAST_TOKENS) / tokens * (block - keys)  # the first and the last tokens
     return (counts["Global"] - skipped * (block - keys - run) + maps) / counts["Global"]
 
 

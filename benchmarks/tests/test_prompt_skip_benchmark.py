@@ -134,18 +134,18 @@ def test_the_ideal_cost_of_a_prompt(model: nn.Module, monkeypatch: pytest.Monkey
     monkeypatch.setattr(prompt_skip_cost, "load_pretrained", lambda name: (model, None))
     monkeypatch.setattr(prompt_skip_cost, "IDS", (3, 300))
     monkeypatch.setattr(prompt_skip_cost, "FILE", tmp_path / "prompt_skip_cost.json")
-    monkeypatch.setattr("sys.argv", ["prompt_skip_cost", "--tokens", "16,64", "--skipped", "1,2", "--rounds", "1"])
+    monkeypatch.setattr("sys.argv", ["prompt_skip_cost", "--tokens", "32,64", "--skipped", "1,2", "--rounds", "1"])
     prompt_skip_cost.main()
     rows = json.loads(prompt_skip_cost.FILE.read_text())["rows"]
-    assert [(row["tokens"], row["skipped"]) for row in rows] == [(16, 1), (16, 2), (64, 1), (64, 2)]
-    assert [row["ideal"] for row in rows] == pytest.approx([cost(16, 1), cost(16, 2), cost(64, 1), cost(64, 2)])
+    assert [(row["tokens"], row["skipped"]) for row in rows] == [(32, 1), (32, 2), (64, 1), (64, 2)]
+    assert [row["ideal"] for row in rows] == pytest.approx([cost(32, 1), cost(32, 2), cost(64, 1), cost(64, 2)])
 
 
 def cost(tokens: int, skipped: int, width: int = 64, vocabulary: int = 300, blocks: int = 4) -> float:
     """Return the ideal cost of an OPT block with 12 weight matrices of the model's width."""
     block, keys = 24 * tokens * width**2 + 4 * tokens**2 * width, 4 * tokens * width**2
     whole = blocks * block + 2 * width * vocabulary
-    skipping = skipped * (keys + (block - keys) * 2 / tokens) + (skipped - 1) * 2 * tokens * width**2
+    skipping = skipped * (keys + (block - keys) * 17 / tokens) + (skipped - 1) * 2 * tokens * width**2
     return (whole - skipped * block + skipping) / whole
 
 
