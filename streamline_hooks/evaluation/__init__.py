@@ -20,6 +20,7 @@ from streamline_hooks.evaluation.embeddings import (
     recall_at,
 )
 from streamline_hooks.evaluation.evaluate import evaluate, require_same_inputs, require_same_tokens
+from streamline_hooks.evaluation.guarantee import Guarantee, guarantee, mean_upper_bound, required_units
 from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskResult, TaskSettings, load_tasks, run_tasks
 from streamline_hooks.evaluation.perplexity import (
     NotFiniteLikelihood,
@@ -88,6 +89,7 @@ __all__ = [
     "GenerationAgreement",
     "GenerationComparison",
     "GenerationStatistics",
+    "Guarantee",
     "LoadedTask",
     "NotFiniteLikelihood",
     "PairedScores",
@@ -126,9 +128,11 @@ __all__ = [
     "generate_texts",
     "generate_with_both",
     "get_input_ids",
+    "guarantee",
     "load_tasks",
     "make_problems",
     "max_prompt_tokens",
+    "mean_upper_bound",
     "measure_speed",
     "negative_log_likelihoods",
     "paired_bootstrap",
@@ -143,6 +147,7 @@ __all__ = [
     "require_causal_lm",
     "require_same_inputs",
     "require_same_tokens",
+    "required_units",
     "run_paired",
     "run_tasks",
     "score_batches",

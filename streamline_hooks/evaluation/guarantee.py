@@ -1,0 +1,303 @@
+"""Bound the loss of a compressed model on text or questions that were not measured, with a stated probability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor, nn
+
+from streamline_hooks.core import Batch, StreamlineError, padding_mask, texts_digest, validate_arguments
+from streamline_hooks.evaluation.agreement import run_paired
+from streamline_hooks.evaluation.lm_eval_tasks import TaskSettings, TaskSource, run_tasks
+from streamline_hooks.modeling import Task, kl_by_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LossMeasure = Literal["accuracy_drop", "disagreement", "kl"]
+_TOLERANCE = 1e-4  # of a bound, which is rounded up
+_MOST_UNITS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """Upper bound on the expected loss of a compressed model; returned by `guarantee`.
+
+    If further units (documents or questions) come from the same source as the measured ones, their mean loss is at most
+    `bound`. This statement is wrong with a probability of at most `delta`, over the choice of the measured units.
+
+    Attributes
+    ----------
+    measure : {"accuracy_drop", "disagreement", "kl"}
+        The loss.
+    bound : float
+        Upper bound on its expectation.
+    mean : float
+        Its mean over the measured units.
+    units : int
+        Number of measured documents or questions.
+    delta : float
+        Probability of an error.
+    fingerprint : str
+        Digest of the measured units, to verify that they were not used for compression.
+
+    Examples
+    --------
+    >>> print(Guarantee("disagreement", bound=0.12, mean=0.1, units=400, delta=0.05, fingerprint="8e1c"))
+    expected top-1 disagreement at most 0.120 with probability 0.95 (400 documents, mean 0.100, data 8e1c)
+    """
+
+    measure: LossMeasure
+    bound: float
+    mean: float
+    units: int
+    delta: float
+    fingerprint: str
+
+    def __str__(self) -> str:
+        name, unit = _NAMES[self.measure]
+        return (
+            f"expected {name} at most {self.bound:.3f} with probability {1 - self.delta:.3g} "
+            f"({self.units} {unit}, mean {self.mean:.3f}, data {self.fingerprint})"
+        )
+
+
+_NAMES = {
+    "accuracy_drop": ("drop in accuracy", "questions"),
+    "disagreement": ("top-1 disagreement", "documents"),
+    "kl": ("KL divergence in nats per token", "documents"),
+}
+
+
+@validate_arguments(delta="(0, 1)", clip=0, seed=0)
+def guarantee(
+    original: nn.Module,
+    compressed: nn.Module,
+    data: Sequence[Batch | Tensor] | Sequence[TaskSource],
+    measure: LossMeasure = "disagreement",
+    *,
+    delta: float = 0.05,
+    clip: float = 1.0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: TaskSettings | None = None,
+    seed: int = 0,
+) -> Guarantee:
+    """Bound the expected loss of a compressed model, with a stated probability of an error.
+
+    The bound holds for any distribution of losses and any number of units (see `mean_upper_bound`), but only if the
+    units are independent draws from one source, and none was used to choose blocks, to fit, to train, or to choose
+    between models. Tokens of a document depend on each other, so a document counts once.
+
+    Parameters
+    ----------
+    original, compressed : torch.nn.Module
+        The models to compare.
+    data : sequence
+        For "disagreement" and "kl" batches, of which each row is a document: (batch, tokens) or a mapping with
+        ``input_ids`` and ``attention_mask``. For "accuracy_drop" tasks, see `run_tasks`; their items count together.
+    measure : {"accuracy_drop", "disagreement", "kl"}
+        The loss: the score of the original minus that of the compressed model, per question; the fraction of tokens
+        with another top-1 prediction, per document; or the mean over tokens of KL(original ‖ compressed), clipped at
+        `clip`, per document. Default "disagreement".
+    delta : float
+        Probability with which the statement may be wrong; default 0.05.
+    clip : float
+        Largest KL divergence of a token, in nats; default 1.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Tokenizer for tasks.
+    settings : TaskSettings, optional
+        Settings for tasks.
+    seed : int
+        Seed of the order in which the units are processed; default 0.
+
+    Returns
+    -------
+    Guarantee
+
+    Raises
+    ------
+    StreamlineError
+        If the data does not match the measure, a task has no scores between 0 and 1, or the models cannot be compared
+        (see `agreement`).
+
+    Examples
+    --------
+    >>> import copy
+    >>> import torch
+    >>> from streamline_hooks import LayerSurgeon
+    >>> from streamline_hooks.testing import tiny_model
+    >>> original = tiny_model("llama")
+    >>> compressed = copy.deepcopy(original)
+    >>> documents = [torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(k)) for k in range(8)]
+    >>> with LayerSurgeon(compressed) as surgeon:
+    ...     surgeon.remove([3])
+    ...     statement = guarantee(original, compressed, documents)
+    >>> statement.units, statement.mean < statement.bound < 1
+    (64, True)
+    """
+    low, high = -1.0 if measure == "accuracy_drop" else 0.0, clip if measure == "kl" else 1.0
+    if measure == "accuracy_drop":
+        losses, fingerprint = _score_drops(original, compressed, data, tokenizer, settings)
+    else:
+        losses, fingerprint = _document_losses(original, compressed, data, measure, clip)
+    bound = mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta, seed=seed)
+    return Guarantee(measure, low + (high - low) * bound, float(np.mean(losses)), len(losses), delta, fingerprint[:16])
+
+
+@validate_arguments(delta="(0, 1)", seed=0)
+def mean_upper_bound(losses: Sequence[float], delta: float = 0.05, *, seed: int = 0) -> float:
+    """Compute an upper confidence bound on the expectation of independent losses between 0 and 1.
+
+    A gambler bets against each hypothesis "the expectation is at least m". If the hypothesis is true, the capital
+    exceeds ``1 / delta`` times the stake with a probability of at most `delta` (Ville's inequality), so every m at
+    which it does is rejected (Waudby-Smith and Ramdas, arXiv 2010.09686). The bets depend on earlier losses only, and
+    not on m; they are small if the losses vary much, and the bound is then as wide as an empirical Bernstein bound.
+
+    Parameters
+    ----------
+    losses : sequence of float
+        Losses of independent units, 0 to 1.
+    delta : float
+        Probability with which the expectation may exceed the bound; default 0.05.
+    seed : int
+        Seed of the order of the losses; default 0.
+
+    Returns
+    -------
+    float
+        The bound; 1 if there are too few losses for a smaller one.
+
+    Raises
+    ------
+    StreamlineError
+        If there is no loss, or a loss is not between 0 and 1.
+
+    Examples
+    --------
+    >>> round(mean_upper_bound([0.0] * 100), 3), round(mean_upper_bound([0.0, 0.1] * 500), 3)
+    (0.031, 0.054)
+    """
+    values = np.asarray(losses, dtype=float)
+    if not len(values) or not bool(((values >= 0) & (values <= 1)).all()):
+        raise StreamlineError(
+            f"mean_upper_bound: {len(values)} losses were given, or some are not between 0 and 1. Expected at least "
+            "one, all between 0 and 1. Divide them by their largest possible value."
+        )
+    values = np.random.default_rng(seed).permutation(values)
+    count = np.arange(1, len(values) + 1)
+    means = (0.5 + values.cumsum()) / (count + 1)
+    variances = (0.25 + ((values - means) ** 2).cumsum()) / (count + 1)
+    earlier = np.concatenate([[0.25], variances[:-1]])
+    bets = np.minimum(1.0, np.sqrt(2 * math.log(1 / delta) / (len(values) * earlier)))
+
+    def is_rejected(mean: float) -> bool:
+        with np.errstate(divide="ignore"):
+            return bool(np.log1p(bets * (mean - values)).cumsum().max() >= math.log(1 / delta))
+
+    low, high = 0.0, 1.0
+    if not is_rejected(high):
+        return high
+    while high - low > _TOLERANCE:  # the capital grows with the mean, so all larger ones are rejected too
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_rejected(middle) else (middle, high)
+    return high
+
+
+@validate_arguments(limit="(0, 1)", delta="(0, 1)", seed=0)
+def required_units(losses: Sequence[float], limit: float, delta: float = 0.05, *, seed: int = 0) -> int | None:
+    """Estimate how many units `mean_upper_bound` needs for a bound, if further losses are like the given ones.
+
+    Parameters
+    ----------
+    losses : sequence of float
+        Losses that were measured, 0 to 1.
+    limit : float
+        The bound to reach.
+    delta : float
+        See `mean_upper_bound`.
+    seed : int
+        Seed of the order of the losses; default 0.
+
+    Returns
+    -------
+    int or None
+        The number, exact to 5 %; None if it exceeds a million, as it does if the mean is not below the limit.
+
+    Examples
+    --------
+    >>> required_units([0.0] * 9 + [0.1], 0.02) < 400
+    True
+    >>> required_units([0.0, 0.1], 0.04) is None
+    True
+    """
+    values = np.asarray(losses, dtype=float)
+
+    def is_enough(units: int) -> bool:
+        repeated = np.resize(values, units)
+        return float(repeated.mean()) < limit and mean_upper_bound(repeated.tolist(), delta, seed=seed) <= limit
+
+    units = 1
+    while not is_enough(units):
+        if (units := 2 * units) > _MOST_UNITS or float(values.mean()) >= limit:
+            return None
+    too_few = units // 2
+    while units - too_few > max(1, 0.05 * units):
+        middle = (too_few + units) // 2
+        too_few, units = (too_few, middle) if is_enough(middle) else (middle, units)
+    return units
+
+
+def _document_losses(
+    original: nn.Module, compressed: nn.Module, batches: Sequence[Any], measure: str, clip: float
+) -> tuple[list[float], str]:
+    """Return the loss of each row of the batches, and a digest of the rows."""
+    if not all(isinstance(batch, Tensor) or (hasattr(batch, "keys") and "input_ids" in batch) for batch in batches):
+        raise StreamlineError(
+            f"guarantee: measure={measure!r} compares logits, but the data are no batches. Expected tensors or "
+            "mappings with input_ids, a document per row. For tasks pass measure='accuracy_drop'."
+        )
+    task = Task.of(original)
+    losses: list[float] = []
+    texts: list[str] = []
+    with run_paired(compressed, original, batches, measure, task) as pairs:
+        for batch, (_, _, reference, answers) in zip(batches, pairs, strict=True):
+            if measure == "kl":
+                values = kl_by_token(reference.float().log_softmax(dim=-1), answers).clamp(max=clip)
+            else:
+                values = (reference.argmax(dim=-1) != answers.argmax(dim=-1)).float()
+            ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+            mask = task.answer_mask(batch)
+            mask = padding_mask(batch) if mask is None and not isinstance(batch, Tensor) else mask
+            counts = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
+            losses += [float(row.mean()) for row in values.split(counts) if len(row)]
+            texts += [repr(row) for row in ids.tolist()]
+    if len(set(texts)) < len(texts):
+        raise StreamlineError(
+            f"guarantee: {len(texts) - len(set(texts))} of {len(texts)} documents occur twice, so they are not "
+            "independent. Expected different documents. Remove the copies."
+        )
+    return losses, texts_digest(texts)
+
+
+def _score_drops(
+    original: nn.Module, compressed: nn.Module, tasks: Sequence[Any], tokenizer: Any, settings: TaskSettings | None
+) -> tuple[list[float], str]:
+    """Return the difference of the scores of each question, and a digest of the tasks."""
+    if tokenizer is None or any(isinstance(task, Tensor) for task in tasks):
+        raise StreamlineError(
+            "guarantee: measure='accuracy_drop' scores tasks, but a tokenizer or the tasks are missing. Expected both. "
+            "Pass names or files of tasks, and tokenizer=..."
+        )
+    before, after = (run_tasks(model, tokenizer, tasks, settings) for model in (original, compressed))
+    unscored = [name for name, result in before.items() if not result.scores]
+    if unscored:
+        raise StreamlineError(
+            f"guarantee: {', '.join(unscored)} has no score between 0 and 1 per item. Expected tasks with a metric "
+            "such as accuracy. Leave it out."
+        )
+    drops = [a - b for name in before for a, b in zip(before[name].scores, after[name].scores, strict=True)]
+    return drops, texts_digest([*before, repr(settings), *(repr(result.scores) for result in before.values())])
