@@ -93,7 +93,7 @@ def main() -> None:
     training = DistillationConfig(learning_rate=options.learning_rate, validations=4, seed=seed)
     rate = "" if options.learning_rate == parser.get_default("learning_rate") else f", rate {options.learning_rate:g}"
 
-    ending = "" if options.last_tokens == LAST_TOKENS else f", last tokens in full: {options.last_tokens}"
+    last_tokens_label = "" if options.last_tokens == LAST_TOKENS else f", last tokens in full: {options.last_tokens}"
 
     def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         key = f"{options.draw}, {options.items} items, {name}"
@@ -141,7 +141,7 @@ def main() -> None:
             **{key: partial(compressing, preset) for key, preset in PRESETS.items()},
         }
         for name in options.variants.split(","):
-            label = ending if name in SKIPPING else ""
+            label = last_tokens_label if name in SKIPPING else ""
             label += f" ({options.train_tokens:,} tokens{rate if name == 'trained' else ''})" if name in TRAINED else ""
             add(f"{f'{len(window)} blocks' if name in PRESETS else text}, {VARIANTS[name]}{label}", measures[name])
     print(table(content["rows"]))
@@ -213,7 +213,8 @@ def table(rows: dict[str, Any]) -> str:
     groups: dict[tuple[bool, int], list[dict[str, Any]]] = {}
     for row in rows.values():
         groups.setdefault((row["draw"] == "development", row["items"]), []).append(row)
-    made = "Made by `python -m benchmarks.prompt_skip --draw DRAW --items ITEMS --windows WINDOW --variants VARIANTS`."
+    options = "--draw DRAW --items ITEMS --windows WINDOW --variants VARIANTS [--last-tokens TOKENS]"
+    made = f"Made by `python -m benchmarks.prompt_skip {options}`."
     return "\n".join([line for (_, items), own in groups.items() for line in _section(own, items)] + [made, ""])
 
 
@@ -222,8 +223,8 @@ def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
     originals = {row["draw"]: row["tasks"] for row in rows if row["name"] == "original"}
     kinds = list(next(iter(originals.values())))
     accuracy = {kind: statistics.fmean(_share(tasks[kind]) for tasks in originals.values()) for kind in kinds}
-    tokens = next((row["prompt_tokens"] for row in rows if "prompt_tokens" in row), {})
-    lengths = ", ".join(f"{kind} {count:.0f}" for kind, count in tokens.items())
+    lengths = [row["prompt_tokens"] for row in rows if "prompt_tokens" in row]
+    tokens = {kind: statistics.fmean(row[kind] for row in lengths) for kind in (lengths[0] if lengths else ())}
     draws = f"Draw{'s' if len(originals) > 1 else ''} {', '.join(originals)}"
     lines = [
         f"## {draws}, {items} items per task{' and draw' if len(originals) > 1 else ''}",
@@ -231,7 +232,9 @@ def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
         "Accuracy of the original: "
         + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds)
         + "."
-        + (f" Mean number of tokens of a prompt: {lengths}." if lengths else ""),
+        + " Mean number of tokens of a prompt: "
+        + ", ".join(f"{kind} {count:.0f}" for kind, count in tokens.items())
+        + ".",
         "",
         f"| blocks | draws | {' | '.join(kinds)} | generation | by draw | classification | by draw | KL text "
         "| KL repeated |",

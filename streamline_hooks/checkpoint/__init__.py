@@ -6,6 +6,7 @@ from streamline_hooks.checkpoint.compare import BlockMatch, compare_blocks
 from streamline_hooks.checkpoint.elastic import save_elastic
 from streamline_hooks.checkpoint.export.export_folder import check_export, export_folder, load_tokenizer
 from streamline_hooks.checkpoint.export.gguf import GGUFDtype, export_gguf
+from streamline_hooks.checkpoint.export.mlx import export_mlx
 from streamline_hooks.checkpoint.export.onnx import export_onnx
 from streamline_hooks.checkpoint.export.plain import check_no_splices, export_plain
 from streamline_hooks.checkpoint.load import load, read_history, read_plans
@@ -47,6 +48,7 @@ __all__ = [
     "compare_blocks",
     "export_folder",
     "export_gguf",
+    "export_mlx",
     "export_onnx",
     "export_plain",
     "load",

@@ -4,7 +4,7 @@ from streamline_hooks.distillation.config import DistillationConfig
 from streamline_hooks.distillation.healing import HealingConfig, freeze_all_but, healing_copies, student_of
 from streamline_hooks.distillation.losses import LOSSES, Loss, Objective, register_loss
 from streamline_hooks.distillation.progress import TrainingCallback, TrainingProgress, TrainingResult
-from streamline_hooks.distillation.prompt_student import PromptSkipStudent, prompt_of
+from streamline_hooks.distillation.prompt_student import PromptSkipStudent, prompt_of, skips_any
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.teacher_cache import TeacherCache, TeacherStates, cache_teacher_states
 from streamline_hooks.distillation.train import train
@@ -27,6 +27,7 @@ __all__ = [
     "healing_copies",
     "prompt_of",
     "register_loss",
+    "skips_any",
     "student_of",
     "train",
 ]

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import IGNORE_INDEX, Batch, StreamlineError, padding_mask, validate_arguments
+from streamline_hooks.core import IGNORE_INDEX, Batch, StreamlineError, get_logger, padding_mask, validate_arguments
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.modeling import Task, get_logits, logits_to_keep, select_tokens
 from streamline_hooks.surgery import LAST_TOKENS, PromptSkip, resume
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class _Continuation(Task):
     name: str = "causal-lm"
 
     def answer_mask(self, batch: Batch | Tensor) -> Tensor:
-        return _real_tokens(batch) & ~prompt_of(batch)
+        return _real_tokens(batch) & ~prompt_of(batch, last_tokens=1)
 
     def answers(self, output: Any, batch: Batch | Tensor) -> Tensor:
         logits, mask = get_logits(output), self.answer_mask(batch)
@@ -91,6 +93,7 @@ class PromptSkipStudent(Student):
         for module in maps:
             if isinstance(module, nn.Module):
                 module.eval()  # for the probe
+        self._warned = False
         self.skip = PromptSkip(model, window, maps, last_tokens=last_tokens, stack=stack)
         named = {str(k): module for k, module in zip(self.skip.window, maps, strict=True) if module is not None}
         self._maps = nn.ModuleDict(named)  # by block, so that a run is not resumed with the maps of other blocks
@@ -100,6 +103,8 @@ class PromptSkipStudent(Student):
                 "block. Fit the maps with fit_prompt_skip."
             )
         super().__init__(model, [(window, self._maps)], stack=stack, task=_Continuation())
+        if last_tokens != 1:  # files of runs before this setting, with 1, can be resumed
+            self.settings = (f"last_tokens={last_tokens}",)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -112,11 +117,18 @@ class PromptSkipStudent(Student):
 
     def run(self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool) -> tuple[Any, list[Tensor]]:
         """Run the model from the window on the states that enter it, (batch, tokens, features)."""
-        prompt, real = prompt_of(batch, self.skip.last_tokens), _real_tokens(batch)
+        last_tokens = self.skip.last_tokens
+        prompt = prompt_of(batch, last_tokens)
         with self.applied():
             output = self.skip.resume(entrance.clone(), self._inputs(batch), prompt)
-        first = real & (real.cumsum(dim=1) == 1)
-        if torch.is_grad_enabled() and not bool((prompt & ~first).any()):  # no map ran
+        if torch.is_grad_enabled() and not skips_any(batch, last_tokens):  # no map ran
+            if not self._warned:
+                logger.warning(
+                    f"A training batch has no prompt of more than {last_tokens + 1} tokens, of which the first and the "
+                    f"last {last_tokens} run every block, so it trains nothing. Use longer prompts, or a smaller "
+                    "last_tokens."
+                )
+                self._warned = True
             zero = sum(parameter.sum() * 0 for parameter in self._maps.parameters())
             return get_logits(output) + zero, []
         return output, []
@@ -140,7 +152,7 @@ class PromptSkipStudent(Student):
 
 
 @validate_arguments(last_tokens=1)
-def prompt_of(batch: Batch | Tensor, last_tokens: int = 1) -> Tensor:
+def prompt_of(batch: Batch | Tensor, last_tokens: int = LAST_TOKENS) -> Tensor:
     """Return which tokens of a batch belong to its prompt and may skip blocks.
 
     These are the tokens that are followed by `last_tokens` tokens without label. The last tokens of a prompt are not
@@ -152,7 +164,7 @@ def prompt_of(batch: Batch | Tensor, last_tokens: int = 1) -> Tensor:
         ``input_ids`` and ``labels``, (batch, tokens), with the label -100 at the prompt; with padding also
         ``attention_mask``.
     last_tokens : int
-        Number of tokens at the end of a prompt that run every block; default 1.
+        Number of tokens at the end of a prompt that run every block; default 16.
 
     Returns
     -------
@@ -166,7 +178,8 @@ def prompt_of(batch: Batch | Tensor, last_tokens: int = 1) -> Tensor:
 
     Examples
     --------
-    >>> prompt_of({"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])})
+    >>> batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])}
+    >>> prompt_of(batch, last_tokens=1)
     tensor([[ True,  True, False, False]])
     """
     labels = None if isinstance(batch, Tensor) else batch.get("labels")
@@ -181,6 +194,12 @@ def prompt_of(batch: Batch | Tensor, last_tokens: int = 1) -> Tensor:
         prompt[:, :-distance] &= unlabeled[:, distance:]
         prompt[:, -distance:] = False
     return prompt
+
+
+def skips_any(batch: Batch | Tensor, last_tokens: int) -> bool:
+    """Whether a token of a batch skips blocks: one of a prompt that is not the first of its sequence."""
+    prompt = prompt_of(batch, last_tokens)
+    return bool((prompt & (_real_tokens(batch).cumsum(dim=1) > 1)).any())
 
 
 def _real_tokens(batch: Batch | Tensor) -> Tensor:

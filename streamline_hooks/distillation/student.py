@@ -70,6 +70,8 @@ class Student:
 
     compares_states: ClassVar[bool] = True
     """Whether a loss may compare the hidden states after the windows."""
+    settings: tuple[str, ...] = ()
+    """Further settings that determine a training run; an interrupted run is resumed only if they are the same."""
 
     def __init__(
         self,

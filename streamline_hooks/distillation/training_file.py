@@ -101,7 +101,7 @@ def training_fingerprint(
     task = str(student.task)
     data_digests = batches_digest(batches), batches_digest(validation)
     parts_of_run = sorted(settings.items()), shapes, student.windows, student.rate, module_options, task, data_digests
-    digest = hashlib.sha256(repr(parts_of_run).encode())
+    digest = hashlib.sha256(repr((*parts_of_run, *student.settings)).encode())
     for model in dict.fromkeys([student.model, student.teacher]):
         for name, parameter in model.named_parameters():
             digest.update(name.encode())

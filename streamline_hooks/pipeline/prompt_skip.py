@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,7 @@ from streamline_hooks.core import (
     progress_bar,
     validate_arguments,
 )
-from streamline_hooks.distillation import PromptSkipStudent, TrainingResult, prompt_of, train
+from streamline_hooks.distillation import PromptSkipStudent, TrainingResult, prompt_of, skips_any, train
 from streamline_hooks.modeling import Task, find_stack, inference, logits_to_keep, select_tokens, summed_kl
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.prepare import CompressionData, Preparation, parts_of, prepare_compression
@@ -73,7 +73,7 @@ class FittedPromptSkip:
     maps: tuple[nn.Module | None, ...]
     kl: Mapping[Continuation, float]
     training: TrainingResult | None = None
-    last_tokens: int = LAST_TOKENS
+    last_tokens: int = field(default_factory=lambda: LAST_TOKENS)  # no default of the class for older pickles
 
     @property
     def distance(self) -> float:
@@ -292,11 +292,11 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
     tokens: dict[Continuation, int] = {"text": 0, "repeated": 0}
     continuations = list(_continuations(ready.verification))
     last_tokens = fitted[0].last_tokens
-    if not any(bool(prompt_of(batch, last_tokens).any()) for _, batch in continuations):
+    if not any(skips_any(batch, last_tokens) for _, batch in continuations):
         raise StreamlineError(
-            "fit_prompt_skip: the first half of a validation sequence is its prompt, and none has more than the "
-            f"{last_tokens} tokens at its end that run every block. Expected longer sequences. Pass longer texts, or a "
-            "smaller last_tokens."
+            "fit_prompt_skip: the first half of a validation sequence is its prompt, and none has more than "
+            f"{last_tokens + 1} tokens, of which the first and the last {last_tokens} run every block. Expected longer "
+            "sequences. Pass longer texts, or a smaller last_tokens."
         )
     total = sum(int(batch["attention_mask"].sum()) for _, batch in continuations)
     model = ready.stack.model
@@ -305,7 +305,7 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
     with inference(model), progress_bar(total * (1 + len(fitted)), "compare") as bar:
         for kind, batch in continuations:
             mask = batch["attention_mask"]
-            scored = mask.bool() & ~prompt_of(batch)
+            scored = mask.bool() & ~prompt_of(batch, last_tokens=1)
             width = scored.shape[1] - int(scored.any(dim=0).int().argmax())  # from the first continuation on
             scored = scored[:, -width:]
             inputs = prepare_inputs(model, {"input_ids": batch["input_ids"], "attention_mask": mask})

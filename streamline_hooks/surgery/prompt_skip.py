@@ -54,10 +54,10 @@ class PromptSkip:
 
     In a skipped block, a token of the prompt only gets keys and values. They are computed from an estimate of the state
     that enters the block, which `maps` compute from the state that enters the window. The first token of a sequence,
-    which carries massive activations, the last tokens of the prompt, which matter most to the answer, and all generated
-    tokens run every block. `generate` determines the prompt: all tokens that it is given and that are not in its cache,
-    except the last `last_tokens`. A plain forward pass skips only the tokens that `marked` names. When the ``with``
-    statement ends, the model is what it was.
+    which carries massive activations, the last tokens of the prompt, and all generated tokens run every block.
+    `generate` determines the prompt: all tokens that it is given and that are not in its cache, except the last
+    `last_tokens`. A plain forward pass skips only the tokens that `marked` names. When the ``with`` statement ends, the
+    model is what it was.
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ class PromptSkip:
         None. The map of the last block of the model has no effect on other tokens.
     last_tokens : int
         Number of tokens at the end of a prompt that run every block; at least 1, because the last one predicts the
-        first token after the prompt. Default 16. Shorter prompts skip nothing.
+        first token after the prompt. Default 16, because chat templates end with several tokens of their own. A prompt
+        of up to `last_tokens` + 1 tokens skips nothing.
     stack : str, optional
         Path of the stack, if the model has several; see `find_stack`.
     probe : bool
@@ -243,7 +244,9 @@ class PromptSkip:
 
     @contextmanager
     def marked(self, tokens: Tensor) -> Iterator[None]:
-        """Skip the blocks for the marked tokens of each forward pass inside a ``with`` statement.
+        """Skip the blocks for exactly the marked tokens of each forward pass inside a ``with`` statement.
+
+        `last_tokens` is not applied; see `streamline_hooks.distillation.prompt_of` for the tokens of a prompt.
 
         Parameters
         ----------

@@ -134,7 +134,7 @@ class Shifted(nn.Module):
 
 def test_buffers_that_no_checkpoint_contains_come_back(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    with PromptSkip(model, WINDOW, [Shifted(WIDTH), Shifted(WIDTH), None]) as skip:
+    with PromptSkip(model, WINDOW, [Shifted(WIDTH), Shifted(WIDTH), None], last_tokens=1) as skip:
         skip.commit()
     assert_equal(outputs(load(save(model, tmp_path / "m"))), outputs(model))
 
@@ -165,7 +165,7 @@ def test_a_model_with_splices_can_skip_too(tmp_path: Path) -> None:
     with LayerSurgeon(model) as surgeon:
         surgeon.replace(range(1, 2), maps()[0])
         surgeon.commit()
-    with PromptSkip(model, range(2, 5), maps()) as skip:
+    with PromptSkip(model, range(2, 5), maps(), last_tokens=1) as skip:
         skip.commit()
     loaded = load(save(model, tmp_path / "m"))
     assert len(loaded.model.layers) == 5
@@ -222,7 +222,7 @@ def test_what_cannot_be_committed_leaves_the_model_open() -> None:
 
     model, ids = tiny_model("llama"), tokens(1, 7)
     expected = model.generate(ids, **GREEDY)
-    with PromptSkip(model, WINDOW, [Unknown(), Unknown(), None]) as skip:
+    with PromptSkip(model, WINDOW, [Unknown(), Unknown(), None], last_tokens=1) as skip:
         skipped = model.generate(ids, **GREEDY)
         with pytest.raises(StreamlineError, match="register_module"):
             skip.commit()

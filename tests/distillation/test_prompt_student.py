@@ -16,7 +16,7 @@ from streamline_hooks.distillation import PromptSkipStudent, TrainingCallback, T
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.surgery import PromptSkip
 from streamline_hooks.testing import tiny_model
-from tests.prompt_skips import random_maps, replaced_outputs, with_positions
+from tests.prompt_skips import prompt_marks, random_maps, replaced_outputs, with_positions
 
 WINDOW, WIDTH, VOCABULARY = range(4, 7), 32, 60
 
@@ -41,39 +41,43 @@ def maps(count: int = len(WINDOW)) -> list[nn.Module | None]:
     return [LinearReplacement.from_map(0.05 * torch.eye(WIDTH)) for _ in range(count)]
 
 
-def student_of(model: nn.Module, modules: list[nn.Module | None] | None = None) -> PromptSkipStudent:
-    return PromptSkipStudent(model, WINDOW, maps() if modules is None else modules, last_tokens=1)
+def student_of(
+    model: nn.Module, modules: list[nn.Module | None] | None = None, last_tokens: int = 1
+) -> PromptSkipStudent:
+    return PromptSkipStudent(model, WINDOW, maps() if modules is None else modules, last_tokens=last_tokens)
 
 
-def expected_marks(inputs: dict[str, Tensor]) -> Tensor:
-    """The tokens that skip: all of the prompt except the first real and the last one."""
+def expected_marks(inputs: dict[str, Tensor], last_tokens: int = 1) -> Tensor:
+    """The tokens that skip: all of the prompt except the first real and the last ones."""
     scored = inputs["labels"] != -100
     rows = []
     for real, labelled in zip(inputs["attention_mask"].bool(), scored, strict=True):
         first, start = int(real.int().argmax()), int(labelled.int().argmax())
-        rows.append(torch.tensor([first < k < start - 1 for k in range(len(real))]))
+        rows.append(torch.tensor([first < k < start - last_tokens for k in range(len(real))]))
     return torch.stack(rows)
 
 
-def kl_by_reference(model: Any, modules: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+def kl_by_reference(model: Any, modules: Any, inputs: dict[str, Tensor], last_tokens: int = 1) -> tuple[Tensor, int]:
     """The summed KL of the tokens from the last one of the prompt on, and their number, by a full forward pass."""
     given = with_positions(model, {name: inputs[name] for name in ("input_ids", "attention_mask")})
     scored = inputs["labels"] != -100
     scored[:, :-1] |= scored[:, 1:]  # the last token of the prompt predicts the first label
     with torch.no_grad():
         reference = model(**given).logits[scored].log_softmax(dim=-1)
-    with replaced_outputs(model, WINDOW, modules, expected_marks(inputs)):
+    with replaced_outputs(model, WINDOW, modules, expected_marks(inputs, last_tokens)):
         logits = model(**given).logits[scored].log_softmax(dim=-1)
     return (reference.exp() * (reference - logits)).sum(), int(scored.sum())
 
 
 @pytest.mark.parametrize("padding", ["", "left", "right"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen3_moe"])
-def test_the_validated_distance_is_that_of_a_full_forward_pass(name: str, padding: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "last_tokens"), [("llama", 1), ("llama", 2), ("gpt2", 1), ("gemma3", 2), ("qwen3_moe", 1)]
+)
+def test_the_validated_distance_is_that_of_a_full_forward_pass(name: str, last_tokens: int, padding: str) -> None:
     model, modules = tiny_model(name), random_maps(len(WINDOW), WIDTH)
     inputs = batch(padding=padding)
-    total, count = kl_by_reference(model, modules, inputs)
-    result = train(student_of(model, modules), BATCHES[:1], [inputs], DistillationConfig(validations=1))
+    total, count = kl_by_reference(model, modules, inputs, last_tokens)
+    result = train(student_of(model, modules, last_tokens), BATCHES[:1], [inputs], DistillationConfig(validations=1))
     assert result.distance_before == pytest.approx(float(total.detach()) / count, rel=1e-3)
     assert result.distance_before > 1e-3
 
@@ -121,8 +125,12 @@ def test_training_lowers_the_distance_and_changes_only_the_maps() -> None:
     assert not any(torch.equal(p, w) for p, w in zip(nn.ModuleList(modules).parameters(), weights, strict=True))
     total, count = (sum(x) for x in zip(*(kl_by_reference(model, modules, b) for b in VALIDATION), strict=True))
     assert result.distance == pytest.approx(float(total.detach()) / count, rel=1e-3)
-    with PromptSkip(model, WINDOW, modules):  # as trained maps are used
-        model.generate(BATCHES[0]["input_ids"], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    ids = BATCHES[0]["input_ids"]
+    options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False, "pad_token_id": 0}
+    with PromptSkip(model, WINDOW, modules, last_tokens=1):
+        (logits,) = model.generate(ids, max_new_tokens=1, **options).logits
+    with torch.no_grad(), replaced_outputs(model, WINDOW, modules, prompt_marks({"input_ids": ids})):
+        assert torch.allclose(logits, model(ids).logits[:, -1], atol=1e-5)
 
 
 def test_the_head_and_the_blocks_run_only_for_the_continuation() -> None:
@@ -150,12 +158,14 @@ def test_one_map_for_several_blocks_is_trained_once_per_step() -> None:
     assert len(student_of(model, modules).parameters()) == len(list(shared.parameters()))
 
 
-def test_batches_in_which_no_token_skips_give_no_gradient_and_are_counted() -> None:
+def test_batches_in_which_no_token_skips_give_no_gradient_and_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     model, modules, whole = tiny_model("llama"), maps(), batch(seed=3)
     whole["labels"] = whole["input_ids"]
     short = {name: value[:, :1] for name, value in batch(seed=4).items()}
     result = train(student_of(model, modules), [BATCHES[0], whole, short, BATCHES[1]], VALIDATION, QUICK)
     assert result.steps == 8 and result.distance < result.distance_before and not result.stopped
+    warnings = [record.message for record in caplog.records if "trains nothing" in record.message]
+    assert len(warnings) == 1 and "more than 2 tokens" in warnings[0]
     before = [p.detach().clone() for p in nn.ModuleList(modules).parameters()]
     train(student_of(model, modules), [whole], VALIDATION, DistillationConfig(validations=1, weight_decay=0.0))
     assert all(torch.equal(p, b) for p, b in zip(nn.ModuleList(modules).parameters(), before, strict=True))
@@ -204,9 +214,10 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="another training run"):
         student = student_of(tiny_model("llama"), two)
         train(student, BATCHES, VALIDATION, QUICK, checkpoint_file=tmp_path / "one", resume=True)
-    other = PromptSkipStudent(tiny_model("llama"), range(3, 6), maps(), last_tokens=1)
-    with pytest.raises(StreamlineError, match="another training run"):
-        train(other, BATCHES, VALIDATION, QUICK, checkpoint_file=file, resume=True)
+    for window, last_tokens in ((range(3, 6), 1), (WINDOW, 2)):
+        other = PromptSkipStudent(tiny_model("llama"), window, maps(), last_tokens=last_tokens)
+        with pytest.raises(StreamlineError, match="another training run"):
+            train(other, BATCHES, VALIDATION, QUICK, checkpoint_file=file, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,11 @@ def in_mlx(request: Request) -> Tokens:
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(request.folder)
+    from streamline_hooks.checkpoint import export_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        export_folder(request.folder, Path(folder, "mlx"), "mlx")
+        model, _ = load_model(Path(folder, "mlx"))
     if request.quantized:
         nn.quantize(model, group_size=64, bits=8)
     bias = mx.zeros(model.args.vocab_size)

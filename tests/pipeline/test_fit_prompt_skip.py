@@ -127,8 +127,16 @@ def test_short_documents_among_others_are_no_problem() -> None:
         tiny_model("llama"), data, range(3, 6), distillation=DistillationConfig(validations=1), last_tokens=2
     )
     assert fitted.training is not None and math.isfinite(fitted.distance)
-    with pytest.raises(StreamlineError, match="more than the 2 tokens"):
+    with pytest.raises(StreamlineError, match="more than 3 tokens"):
         fit_prompt_skip(tiny_model("llama"), {**data, "validation": [long[9][:, :1]]}, range(3, 6), last_tokens=2)
+
+
+def test_text_whose_prompts_skip_nothing_is_refused() -> None:
+    model, last_tokens = tiny_model("llama"), 3
+    options = {"last_tokens": last_tokens}
+    with pytest.raises(StreamlineError, match="more than 4 tokens.*smaller last_tokens"):
+        fit_prompt_skip(model, batches(length=2 * (last_tokens + 1)), range(3, 6), **options)
+    assert fit_prompt_skip(model, batches(length=2 * (last_tokens + 2)), range(3, 6), **options).distance > 0
 
 
 class Prompts:

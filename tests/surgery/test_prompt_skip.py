@@ -114,51 +114,57 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("last_tokens", [1, 3])
 @needs_transformers_5
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_of_generating_give_the_tokens_of_the_reference(family: str, way: str) -> None:
+def test_ways_of_generating_give_the_tokens_of_the_reference(family: str, way: str, last_tokens: int) -> None:
     model, estimates = tiny_model(family), maps()
     for batch in [{"input_ids": tokens(1, 11)}] if way == "prompt lookup" else batches():
-        expected = greedy_reference(model, estimates, batch, 5)
-        with PromptSkip(model, WINDOW, estimates, last_tokens=1):
+        expected = greedy_reference(model, estimates, batch, 5, last_tokens)
+        with PromptSkip(model, WINDOW, estimates, last_tokens=last_tokens):
             assert torch.equal(model.generate(**batch, max_new_tokens=5, **GREEDY, **WAYS[way]), expected), batch
 
 
+@pytest.mark.parametrize("last_tokens", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_beam_search_equals_the_reference(family: str) -> None:
+def test_beam_search_equals_the_reference(family: str, last_tokens: int) -> None:
     model, estimates = tiny_model(family), maps()
     for batch in batches():
         expanded = {name: value.repeat_interleave(3, dim=0) for name, value in batch.items()}
-        with replaced_outputs(model, WINDOW, estimates, prompt_marks(expanded)):
+        with replaced_outputs(model, WINDOW, estimates, prompt_marks(expanded, last_tokens=last_tokens)):
             expected = model.generate(**batch, num_beams=3, max_new_tokens=5, **GREEDY)
-        with PromptSkip(model, WINDOW, estimates, last_tokens=1):
+        with PromptSkip(model, WINDOW, estimates, last_tokens=last_tokens):
             assert torch.equal(model.generate(**batch, num_beams=3, max_new_tokens=5, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("last_tokens", [1, 3])
 @needs_transformers_5
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_assisted_generation_skips_the_prompt_and_no_drafts(family: str) -> None:
+def test_assisted_generation_skips_the_prompt_and_no_drafts(family: str, last_tokens: int) -> None:
     model, assistant, estimates = tiny_model(family), tiny_model(family), maps()
     single = {"input_ids": tokens(1, 9)}
-    expected = greedy_reference(model, estimates, single, 6)
-    with PromptSkip(model, WINDOW, estimates, last_tokens=1):
+    expected = greedy_reference(model, estimates, single, 6, last_tokens)
+    with PromptSkip(model, WINDOW, estimates, last_tokens=last_tokens):
         drafted = model.generate(**single, assistant_model=assistant, max_new_tokens=6, **GREEDY)
     assert torch.equal(drafted, expected)
 
 
+@pytest.mark.parametrize("last_tokens", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_second_turn_skips_only_its_new_tokens(family: str) -> None:
+def test_a_second_turn_skips_only_its_new_tokens(family: str, last_tokens: int) -> None:
     model, estimates, first = tiny_model(family), maps(), tokens(1, 7)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    with torch.no_grad(), PromptSkip(model, WINDOW, estimates, last_tokens=1):
+    with torch.no_grad(), PromptSkip(model, WINDOW, estimates, last_tokens=last_tokens):
         turn = model.generate(first, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
         history = torch.cat([turn.sequences, tokens(1, 5, seed=3)], dim=1)
         cached = turn[name].get_seq_length()
         assert cached == turn.sequences.shape[1] - 1
         second = model.generate(history, max_new_tokens=1, **GREEDY, **{name: turn[name]})
     columns = torch.arange(history.shape[1])
-    marks = (columns >= 1) & (columns < 6) | (columns >= cached) & (columns < history.shape[1] - 1)
+    marks = (columns >= 1) & (columns < 7 - last_tokens) | (columns >= cached) & (
+        columns < history.shape[1] - last_tokens
+    )
     with torch.no_grad(), replaced_outputs(model, WINDOW, estimates, marks[None]):
         expected = model(history, use_cache=False).logits[:, -1].argmax(dim=-1)
     assert torch.equal(second[:, -1], expected)

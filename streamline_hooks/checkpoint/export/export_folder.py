@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from streamline_hooks.checkpoint.export.gguf import GGUFDtype, check_gguf, export_gguf
-from streamline_hooks.checkpoint.export.mlx import check_mlx
+from streamline_hooks.checkpoint.export.mlx import export_mlx
 from streamline_hooks.checkpoint.export.onnx import check_onnx, export_onnx
 from streamline_hooks.checkpoint.export.plain import export_plain
 from streamline_hooks.checkpoint.load import load
@@ -77,8 +77,8 @@ def export_folder(
     output : str or Path
         Folder (plain, mlx) or file (gguf, onnx) to write.
     to : {"plain", "mlx", "gguf", "onnx"}
-        Format; default ``"plain"``. ``"mlx"`` is a plain checkpoint too, but refused if mlx-lm would run it in another
-        way than Transformers.
+        Format; default ``"plain"``. ``"mlx"`` is a plain checkpoint with the settings that mlx-lm reads, and refused if
+        mlx-lm would take the attention of its blocks for another kind.
     model : transformers.PreTrainedModel, optional
         Model to export; by default that in `folder`.
     dtype : {"f32", "f16", "bf16", "q8_0", "q4_0"}
@@ -112,13 +112,13 @@ def export_folder(
     source = Path(folder)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     exported_model = load(folder, **options) if model is None else model
-    if to == "mlx":
-        check_mlx(exported_model.config)
     tokenizer = load_tokenizer(source, trust_remote_code)
     if tokenizer is None and to != "onnx":
         logger.info(f"{folder} has no tokenizer, so none is exported")
-    if to in ("plain", "mlx"):
+    if to == "plain":
         export_plain(exported_model, output, tokenizer=tokenizer, overwrite=overwrite)
+    elif to == "mlx":
+        export_mlx(exported_model, output, tokenizer=tokenizer, overwrite=overwrite)
     elif to == "onnx":
         export_onnx(exported_model, output)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,17 @@ def export_plain(
     >>> sorted(path.name for path in folder.iterdir())
     ['config.json', 'generation_config.json', 'model.safetensors']
     """
+    return write_plain(model, folder, tokenizer, overwrite)
+
+
+def write_plain(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overwrite: bool,
+    adapt: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a plain checkpoint, and call `adapt` with its folder before the folder gets its name."""
     check_no_splices(model)
     target, sentence_folder = Path(folder).resolve(), sentence_folder_of(model)
     record: Any = vars(model.config).pop("streamline_hooks", None)
@@ -95,6 +107,8 @@ def export_plain(
                 tokenizer.save_pretrained(new_folder)
             if sentence_folder is not None:
                 sentence_folder.copy_to(new_folder)
+            if adapt is not None:
+                adapt(new_folder)
     finally:
         if record is not None:
             model.config.streamline_hooks = record
