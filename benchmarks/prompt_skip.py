@@ -2,7 +2,7 @@
 
     python -m benchmarks.prompt_skip [--data FOLDER] [--model MODEL] [--windows 20-29,22-29] [--items 60]
         [--draw development] [--variants trained,fitted,skipped,mapped,removed,best,streamline]
-        [--last-tokens 4] [--train-tokens 200704] [--learning-rate 0.0001]
+        [--shots 4] [--last-tokens 16] [--train-tokens 200704] [--learning-rate 0.0001]
 
 For each window the variants are scored greedily on synthetic problems and on the last words of held-out passages, and
 on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with fitted maps
@@ -11,7 +11,8 @@ or without maps, or the window is removed with a fitted map or without one. For 
 each task relative to the original, and the KL divergence by which `fit_prompt_skip` chooses windows;
 `benchmarks.prompt_skip_cost` measures the time. Windows and settings are chosen on the draw ``development``, which has
 problems only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have
-other problems, passages and questions, and seed the training. Their rows are combined in one table. The rows are saved
+other problems, passages and questions, and seed the training. Problems with more examples (``--shots``) have longer
+prompts, of which more tokens skip; they are scored alone. Their rows are combined in one table. The rows are saved
 to ``benchmarks/results/prompt_skip.json`` and ``.md`` (of another model: ``prompt_skip_NAME``), and those that exist
 are not measured again.
 """
@@ -35,7 +36,7 @@ from benchmarks.multiple_choice import TASKS, task_of
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import CHOICES_AT_ONCE, write
 from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
-from benchmarks.short_answers import answer_tokens, fast_products, problems_of
+from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, problems_of
 from benchmarks.timing import machine
 from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, LayerSurgeon, Target, compress
 from streamline_hooks.checkpoint import load_pretrained
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=60, help="items per task")
     parser.add_argument("--draw", choices=SEEDS, default="development")
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of each window; all: {', '.join(VARIANTS)}")
+    parser.add_argument("--shots", type=int, default=SHOTS, help="examples before each problem")
     parser.add_argument("--last-tokens", type=int, default=LAST_TOKENS, help="of a prompt that run every block")
     parser.add_argument("--train-tokens", type=int, default=200_704)
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the maps")
@@ -86,7 +88,7 @@ def main() -> None:
     content = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     content["machine"] = machine()
     model, tokenizer = load_pretrained(options.model)
-    tasks = Tasks(options.data, tokenizer, options.items, options.draw)
+    tasks = Tasks(options.data, tokenizer, options.items, options.draw, options.shots)
     split = split_of(options.data, tokenizer, **TOKENS)
     more = split_of(options.data, tokenizer, **TOKENS | {"calibration_tokens": options.train_tokens})
     seed = SEEDS[options.draw] - SEEDS["0"] if options.draw != "development" else 9
@@ -96,9 +98,11 @@ def main() -> None:
     last_tokens_label = "" if options.last_tokens == LAST_TOKENS else f", last tokens in full: {options.last_tokens}"
 
     def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        key = f"{options.draw}, {options.items} items, {name}"
+        shots = "" if options.shots == SHOTS else f" with {options.shots} examples"
+        key = f"{options.draw}, {options.items} items{shots}, {name}"
         if key not in content["rows"]:
-            content["rows"][key] = {"draw": options.draw, "items": options.items, "name": name, **measure()}
+            row = {"draw": options.draw, "items": options.items, "shots": options.shots, "name": name}
+            content["rows"][key] = row | measure()
             write(file, content)
             file.with_suffix(".md").write_text(table(content["rows"]))
 
@@ -150,12 +154,12 @@ def main() -> None:
 class Tasks:
     """Problems and passages of one draw."""
 
-    def __init__(self, data: Any, tokenizer: Any, items: int, draw: str) -> None:
+    def __init__(self, data: Any, tokenizer: Any, items: int, draw: str, shots: int = SHOTS) -> None:
         self.tokenizer = tokenizer
-        self.problems = problems_of(items, SEEDS[draw], chosen())
+        self.problems = problems_of(items, SEEDS[draw], chosen(), shots)
         self.ends: list[Any] = []
         self.questions: dict[str, Any] = {}
-        if draw != "development":
+        if draw != "development" and shots == SHOTS:
             self.ends = last_words(data, tokenizer, items, SEEDS[draw])
             for name in QUESTIONS:
                 settings = TaskSettings(metric=TASKS[name].metric, batch_size=CHOICES_AT_ONCE)
@@ -210,15 +214,18 @@ def removed(model: Any, window: range, split: Any, repair: bool) -> Iterator[Any
 
 def table(rows: dict[str, Any]) -> str:
     """Return the rows as Markdown: those of the development draw, and the mean over the other draws."""
-    groups: dict[tuple[bool, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[bool, int, int], list[dict[str, Any]]] = {}
     for row in rows.values():
-        groups.setdefault((row["draw"] == "development", row["items"]), []).append(row)
-    options = "--draw DRAW --items ITEMS --windows WINDOW --variants VARIANTS [--last-tokens TOKENS]"
+        shots = row.get("shots", SHOTS)
+        groups.setdefault((row["draw"] == "development", row["items"], shots), []).append(row)
+    options = "--draw DRAW --items ITEMS --windows WINDOW --variants VARIANTS [--shots SHOTS] [--last-tokens TOKENS]"
     made = f"Made by `python -m benchmarks.prompt_skip {options}`."
-    return "\n".join([line for (_, items), own in groups.items() for line in _section(own, items)] + [made, ""])
+    return "\n".join(
+        [line for (_, items, shots), own in groups.items() for line in _section(own, items, shots)] + [made, ""]
+    )
 
 
-def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
+def _section(rows: list[dict[str, Any]], items: int, shots: int) -> list[str]:
     """Return the lines of the rows of one or several draws with the same number of items."""
     originals = {row["draw"]: row["tasks"] for row in rows if row["name"] == "original"}
     kinds = list(next(iter(originals.values())))
@@ -227,7 +234,7 @@ def _section(rows: list[dict[str, Any]], items: int) -> list[str]:
     tokens = {kind: statistics.fmean(row[kind] for row in lengths) for kind in (lengths[0] if lengths else ())}
     draws = f"Draw{'s' if len(originals) > 1 else ''} {', '.join(originals)}"
     lines = [
-        f"## {draws}, {items} items per task{' and draw' if len(originals) > 1 else ''}",
+        f"## {draws}, {items} items per task{' and draw' if len(originals) > 1 else ''}, {shots} examples per problem",
         "",
         "Accuracy of the original: "
         + ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in kinds)

@@ -17,13 +17,15 @@ SHOTS, BEHIND = 4, 5  # few-shot examples in a set, and problems per set
 _SPARE = 3  # tokens: the end of the line, and tokens by which a longer answer is detected
 
 
-def problems_of(count: int, seed: int, difficulty: int | Mapping[str, int]) -> dict[str, list[Problem]]:
+def problems_of(
+    count: int, seed: int, difficulty: int | Mapping[str, int], shots: int = SHOTS
+) -> dict[str, list[Problem]]:
     """Return problems of each kind, five per set of few-shot examples; the sets alternate, see `sets_of`.
 
     The examples matter much: with one set for all problems SmolLM2 solved 54 of 100 rows to copy, with another 34.
     """
     count_of_sets = sets_of(count)
-    sets = [probes_at(BEHIND, difficulty, seed=1000 * seed + k, shots=SHOTS) for k in range(count_of_sets)]
+    sets = [probes_at(BEHIND, difficulty, seed=1000 * seed + k, shots=shots) for k in range(count_of_sets)]
     return {
         sort: [problem for turn in zip(*(problem_set[sort] for problem_set in sets), strict=True) for problem in turn][
             :count

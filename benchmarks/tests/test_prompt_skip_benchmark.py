@@ -84,6 +84,9 @@ def test_choices_are_made_without_heldout_text(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(prompt_skip, "last_words", None)
     rows = run(monkeypatch, "--draw", "development", "--variants", "fitted")
     assert [set(row["tasks"]) for row in rows.values()] == [{"copying"}, {"copying"}]
+    more = run(monkeypatch, "--draw", "1", "--variants", "fitted", "--shots", "9")
+    assert [set(row["tasks"]) for row in more.values()] == [{"copying"}] * 4
+    assert "Draw 1, 2 items per task, 9 examples per problem" in prompt_skip.FILE.with_suffix(".md").read_text()
 
 
 @pytest.mark.usefixtures("model")
