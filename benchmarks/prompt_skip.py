@@ -11,8 +11,8 @@ or without maps, or the window is removed with a fitted map or without one. For 
 each task relative to the original, and the KL divergence by which `fit_prompt_skip` chooses windows;
 `benchmarks.prompt_skip_cost` measures the time. Windows and settings are chosen on the draw ``development``, which has
 problems only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have
-other problems, passages and questions, and seed the training. Problems with more examples (``--shots``) have longer
-prompts, of which more tokens skip; they are scored alone. Their rows are combined in one table. The rows are saved
+other problems, passages and questions, and seed the training; they are combined in one table. Problems with more
+examples (``--shots``) have longer prompts, of which more tokens skip; they are scored alone. The rows are saved
 to ``benchmarks/results/prompt_skip.json`` and ``.md`` (of another model: ``prompt_skip_NAME``), and those that exist
 are not measured again.
 """
