@@ -248,7 +248,7 @@ def _section(rows: list[dict[str, Any]], items: int, shots: int) -> list[str]:
         f"|{'---|' * (len(kinds) + 8)}",
     ]
     for name in dict.fromkeys(row["name"] for row in rows):
-        own = [row for row in rows if row["name"] == name and row["draw"] in originals]
+        own = sorted((r for r in rows if r["name"] == name and r["draw"] in originals), key=lambda r: str(r["draw"]))
         if name == "original" or not own:
             continue
         cells = [", ".join(row["draw"] for row in own) if len(originals) > 1 else own[0]["draw"]]
@@ -262,6 +262,11 @@ def _section(rows: list[dict[str, Any]], items: int, shots: int) -> list[str]:
             nats = [row["kl"][kind] for row in own if row.get("kl")]
             cells.append(f"{statistics.fmean(nats):.3f}" if nats else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    if QUESTIONS[0] in kinds:
+        lines += [
+            "",
+            "The contexts of the questions have few more tokens than those at their end that run every block.",
+        ]
     return [*lines, ""]
 
 
