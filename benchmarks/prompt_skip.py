@@ -248,7 +248,8 @@ def _section(rows: list[dict[str, Any]], items: int, shots: int) -> list[str]:
         f"|{'---|' * (len(kinds) + 8)}",
     ]
     for name in dict.fromkeys(row["name"] for row in rows):
-        own = sorted((r for r in rows if r["name"] == name and r["draw"] in originals), key=lambda r: str(r["draw"]))
+        own = [row for row in rows if row["name"] == name and row["draw"] in originals]
+        own.sort(key=lambda row: str(row["draw"]))
         if name == "original" or not own:
             continue
         cells = [", ".join(row["draw"] for row in own) if len(originals) > 1 else own[0]["draw"]]
@@ -265,7 +266,7 @@ def _section(rows: list[dict[str, Any]], items: int, shots: int) -> list[str]:
     if QUESTIONS[0] in kinds:
         lines += [
             "",
-            "The contexts of the questions have few more tokens than those at their end that run every block.",
+            "The contexts of the questions have few tokens besides those at their end that run every block.",
         ]
     return [*lines, ""]
 
