@@ -69,7 +69,7 @@ def answer(folder: Path, engine: str, python: str) -> dict[str, Any]:
     if process.returncode == 0 and lines:
         return dict(json.loads(lines[-1]))
     errors = [line for line in process.stderr.splitlines() if "Error" in line and not line.startswith(" ")]
-    return {"error": (errors or process.stderr.splitlines() or ["no answer"])[-1][:300]}
+    return {"error": (errors or process.stderr.splitlines() or ["no answer"])[-1][:600]}
 
 
 def agreement(cell: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
