@@ -85,9 +85,9 @@ def check_mlx(config: Any) -> None:
         return
     raise StreamlineError(
         f"mlx-lm takes the attention of each block of a {config.model_type} model from its number: blocks {period - 1}, "
-        f"{2 * period - 1}, ... attend to all tokens. In this model {_blocks(full)}. Its logits would be wrong. Expected "
-        f"every removed window to have a multiple of {period} blocks, with a kind that adds no block (none, scale, "
-        "folded, merged). Remove other windows, or serve the model in Transformers, vLLM or ONNX Runtime."
+        f"{2 * period - 1}, ... attend to all tokens. In this model {_blocks(full)}, so the logits would be wrong. "
+        f"Expected every removed window to have a multiple of {period} blocks, with a kind that adds no block (none, "
+        "scale, folded, merged). Remove other windows, or serve the model in Transformers, vLLM or ONNX Runtime."
     )
 
 
@@ -116,4 +116,4 @@ def _rope_settings(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _blocks(full: list[int]) -> str:
-    return f"the blocks {', '.join(map(str, full))} do" if full else "no block does"
+    return f"only {', '.join(map(str, full))} {'do' if len(full) > 1 else 'does'}" if full else "no block does"
