@@ -85,9 +85,9 @@ def check_mlx(config: Any) -> None:
         return
     raise StreamlineError(
         f"mlx-lm takes the attention of each block of a {config.model_type} model from its number: blocks "
-        f"{period - 1}, {2 * period - 1}, ... attend to all tokens. In this model {_blocks(full)}, so the logits would be wrong. "
-        f"Expected every removed window to have a multiple of {period} blocks, with a kind that adds no block (none, "
-        "scale, folded, merged). Remove other windows, or serve the model in Transformers, vLLM or ONNX Runtime."
+        f"{period - 1}, {2 * period - 1}, ... attend to all tokens. In this model {_blocks(full)}, so the logits would "
+        f"be wrong. Expected every removed window to have a multiple of {period} blocks, with a kind that adds none "
+        "(none, scale, folded, merged). Remove other windows, or serve the model in Transformers, vLLM or ONNX Runtime."
     )
 
 
