@@ -20,7 +20,13 @@ from streamline_hooks.evaluation.embeddings import (
     recall_at,
 )
 from streamline_hooks.evaluation.evaluate import evaluate, require_same_inputs, require_same_tokens
-from streamline_hooks.evaluation.guarantee import Guarantee, guarantee, mean_upper_bound, required_units
+from streamline_hooks.evaluation.guarantee import (
+    Guarantee,
+    LossMeasure,
+    guarantee,
+    mean_upper_bound,
+    required_units,
+)
 from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskResult, TaskSettings, load_tasks, run_tasks
 from streamline_hooks.evaluation.perplexity import (
     NotFiniteLikelihood,
@@ -91,6 +97,7 @@ __all__ = [
     "GenerationStatistics",
     "Guarantee",
     "LoadedTask",
+    "LossMeasure",
     "NotFiniteLikelihood",
     "PairedScores",
     "Perplexity",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -44,6 +44,10 @@ class Guarantee:
         Probability of an error.
     fingerprint : str
         Digest of the measured units, to verify that they were not used for compression.
+    losses : tuple of float
+        Loss of each unit.
+    limits : (float, float)
+        Smallest and largest possible loss.
 
     Examples
     --------
@@ -57,6 +61,14 @@ class Guarantee:
     units: int
     delta: float
     fingerprint: str
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    limits: tuple[float, float] = (0.0, 1.0)
+
+    def required_units(self, bound: float) -> int | None:
+        """Estimate how many units are needed for another bound, see `required_units`."""
+        low, high = self.limits
+        scaled = [(loss - low) / (high - low) for loss in self.losses]
+        return required_units(scaled, (bound - low) / (high - low), self.delta)
 
     def __str__(self) -> str:
         name, unit = _NAMES[self.measure]
@@ -144,8 +156,9 @@ def guarantee(
         losses, fingerprint = _score_drops(original, compressed, data, tokenizer, settings)
     else:
         losses, fingerprint = _document_losses(original, compressed, data, measure, clip)
-    bound = mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta, seed=seed)
-    return Guarantee(measure, low + (high - low) * bound, float(np.mean(losses)), len(losses), delta, fingerprint[:16])
+    bound = low + (high - low) * mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta, seed=seed)
+    mean, limits = float(np.mean(losses)), (low, high)
+    return Guarantee(measure, bound, mean, len(losses), delta, fingerprint[:16], tuple(losses), limits)
 
 
 @validate_arguments(delta="(0, 1)", seed=0)
@@ -187,17 +200,7 @@ def mean_upper_bound(losses: Sequence[float], delta: float = 0.05, *, seed: int 
             f"mean_upper_bound: {len(values)} losses were given, or some are not between 0 and 1. Expected at least "
             "one, all between 0 and 1. Divide them by their largest possible value."
         )
-    values = np.random.default_rng(seed).permutation(values)
-    count = np.arange(1, len(values) + 1)
-    means = (0.5 + values.cumsum()) / (count + 1)
-    variances = (0.25 + ((values - means) ** 2).cumsum()) / (count + 1)
-    earlier = np.concatenate([[0.25], variances[:-1]])
-    bets = np.minimum(1.0, np.sqrt(2 * math.log(1 / delta) / (len(values) * earlier)))
-
-    def is_rejected(mean: float) -> bool:
-        with np.errstate(divide="ignore"):
-            return bool(np.log1p(bets * (mean - values)).cumsum().max() >= math.log(1 / delta))
-
+    is_rejected = _test_of_means(values, delta, seed)
     low, high = 0.0, 1.0
     if not is_rejected(high):
         return high
@@ -237,8 +240,7 @@ def required_units(losses: Sequence[float], limit: float, delta: float = 0.05, *
     values = np.asarray(losses, dtype=float)
 
     def is_enough(units: int) -> bool:
-        repeated = np.resize(values, units)
-        return float(repeated.mean()) < limit and mean_upper_bound(repeated.tolist(), delta, seed=seed) <= limit
+        return _test_of_means(np.resize(values, units), delta, seed)(limit)
 
     units = 1
     while not is_enough(units):
@@ -249,6 +251,22 @@ def required_units(losses: Sequence[float], limit: float, delta: float = 0.05, *
         middle = (too_few + units) // 2
         too_few, units = (too_few, middle) if is_enough(middle) else (middle, units)
     return units
+
+
+def _test_of_means(losses: np.ndarray, delta: float, seed: int) -> Callable[[float], bool]:
+    """Return a test of "the expectation is at least m": whether betting against it makes the capital grow enough."""
+    values = np.random.default_rng(seed).permutation(losses)
+    count = np.arange(1, len(values) + 1)
+    means = (0.5 + values.cumsum()) / (count + 1)
+    variances = (0.25 + ((values - means) ** 2).cumsum()) / (count + 1)
+    earlier = np.concatenate([[0.25], variances[:-1]])
+    bets = np.minimum(1.0, np.sqrt(2 * math.log(1 / delta) / (len(values) * earlier)))
+
+    def is_rejected(mean: float) -> bool:
+        with np.errstate(divide="ignore"):
+            return bool(np.log1p(bets * (mean - values)).cumsum().max() >= math.log(1 / delta))
+
+    return is_rejected
 
 
 def _document_losses(

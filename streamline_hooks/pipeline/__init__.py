@@ -15,7 +15,7 @@ from streamline_hooks.pipeline.cost import (
     measure_rates,
     state_memory_left,
 )
-from streamline_hooks.pipeline.depths import FittedDepth, fit_depths
+from streamline_hooks.pipeline.depths import ChosenDepth, FittedDepth, choose_depth, fit_depths
 from streamline_hooks.pipeline.job import CompressionJob, JobData, JobLimits, suite_for_model, takes_documents
 from streamline_hooks.pipeline.plan import TrainingPlan, estimate_cost, estimate_ranking, plan_training
 from streamline_hooks.pipeline.prepare import split_held_out
@@ -34,6 +34,7 @@ __all__ = [
     "PRESETS",
     "BlockwiseEstimate",
     "BlockwiseOptions",
+    "ChosenDepth",
     "CompressionConfig",
     "CompressionJob",
     "CompressionResult",
@@ -58,6 +59,7 @@ __all__ = [
     "TrainingPlan",
     "blockwise_work",
     "checkpoint_bytes",
+    "choose_depth",
     "compress",
     "compress_checkpoint",
     "estimate_cost",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,13 +18,14 @@ from streamline_hooks.core import (
     get_logger,
     validate_arguments,
 )
+from streamline_hooks.evaluation import Guarantee, LossMeasure, TaskSettings, guarantee
 from streamline_hooks.modeling import Task, find_stack
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.prepare import CompressionData, Preparation, parts_of, prepare_compression
 from streamline_hooks.selection import Selection, Target, VerifiedSelection, verify_shortlist
 from streamline_hooks.statistics import Profile
 from streamline_hooks.statistics import profile as measure_profile
-from streamline_hooks.surgery import DepthCut, ModelSource, set_depths
+from streamline_hooks.surgery import DepthCut, ModelSource, at_depth, depths_of, set_depths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +58,104 @@ class FittedDepth:
     window: range
     distance: float
     best_distance: float
+
+
+@dataclass(frozen=True)
+class ChosenDepth:
+    """Result of `choose_depth`.
+
+    Attributes
+    ----------
+    depth : int
+        The smallest depth whose losses are bounded as required; the full depth if there is none.
+    statements : dict of int to dict of str to Guarantee
+        For each tested depth, the bound of each measure.
+    required_units : dict of str to (int or None)
+        For each measure that the last tested depth did not pass, the estimated number of units with which it would;
+        None if no number is enough, or more than a million. Empty if every depth passed.
+
+    Examples
+    --------
+    >>> ChosenDepth(7, {}, {"disagreement": 900}).required_units
+    {'disagreement': 900}
+    """
+
+    depth: int
+    statements: Mapping[int, Mapping[LossMeasure, Guarantee]]
+    required_units: Mapping[LossMeasure, int | None]
+
+
+@validate_arguments(delta="(0, 1)", clip=0)
+def choose_depth(
+    model: nn.Module,
+    data: Mapping[LossMeasure, Sequence[Any]],
+    at_most: Mapping[LossMeasure, float],
+    *,
+    delta: float = 0.05,
+    clip: float = 1.0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: TaskSettings | None = None,
+) -> ChosenDepth:
+    """Choose the smallest depth of a model whose expected losses are at most given values.
+
+    The depths are tested from the largest to the smallest, and the first that fails ends the test. In this order no
+    correction for several tests is needed: with a probability of at most `delta`, the chosen depth has an expected loss
+    above a value of `at_most` (fixed-sequence testing; Angelopoulos et al., arXiv 2110.01052).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with several depths, see `fit_depths`. It is copied once, to serve as the original.
+    data : dict of str to sequence
+        For each measure of `at_most` its documents or tasks, see `guarantee`; not those on which the depths were fitted
+        or compared.
+    at_most : dict of str to float
+        Largest expected loss by measure, such as ``{"accuracy_drop": 0.02}``. All must hold.
+    delta, clip, tokenizer, settings
+        See `guarantee`.
+
+    Returns
+    -------
+    ChosenDepth
+
+    Raises
+    ------
+    StreamlineError
+        If the model has one depth, the measures of `data` and `at_most` differ, or the data are invalid.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from streamline_hooks.testing import tiny_model
+    >>> model = tiny_model("llama")
+    >>> batches = [torch.randint(3, 60, (4, 8), generator=torch.Generator().manual_seed(k)) for k in range(32)]
+    >>> _ = fit_depths(model, batches[:12], [7, 4])
+    >>> chosen = choose_depth(model, {"disagreement": batches[12:]}, {"disagreement": 0.99})
+    >>> chosen.depth, sorted(chosen.statements)
+    (4, [4, 7])
+    """
+    if not at_most or data.keys() != at_most.keys():
+        raise StreamlineError(
+            f"choose_depth: data are given for {', '.join(data) or 'no measure'}, and at_most for "
+            f"{', '.join(at_most) or 'none'}. Expected the same measures, at least one. Pass data for each."
+        )
+    full, *smaller = depths_of(model)
+    original = copy.deepcopy(model)
+    statements: dict[int, dict[LossMeasure, Guarantee]] = {}
+    chosen = full
+    options: dict[str, Any] = {"delta": delta, "clip": clip, "tokenizer": tokenizer, "settings": settings}
+    for depth in smaller:
+        with at_depth(model, depth):
+            tested = {measure: guarantee(original, model, data[measure], measure, **options) for measure in at_most}
+        statements[depth] = tested
+        failed = [measure for measure, statement in tested.items() if statement.bound > at_most[measure]]
+        verdicts = ", ".join(f"{measure} {statement.bound:.3f}" for measure, statement in tested.items())
+        logger.info(f"depth      {depth}: at most {verdicts}{': too much' if failed else ''}")
+        if failed:
+            required = {measure: tested[measure].required_units(at_most[measure]) for measure in failed}
+            return ChosenDepth(chosen, statements, required)
+        chosen = depth
+    return ChosenDepth(chosen, statements, {})
 
 
 @validate_arguments()
