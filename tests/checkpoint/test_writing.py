@@ -304,7 +304,7 @@ def test_an_unknown_kind_a_later_format_and_a_foreign_config(tmp_path: Path) -> 
     with pytest.raises(StreamlineError, match=r"'cubic'.*Expected one of.*linear"):
         load(tmp_path / "model")
     changed(format=99)
-    with pytest.raises(StreamlineError, match=r"format 99.*streamline_hooks.*4"):
+    with pytest.raises(StreamlineError, match=r"format 99.*streamline_hooks.*up to 5"):
         load(tmp_path / "model")
     path.write_text(json.dumps({"model_type": "streamline_hooks"}))
     with pytest.raises(StreamlineError, match="streamline_hooks"):
