@@ -85,7 +85,7 @@ _NAMES = {
 }
 
 
-@validate_arguments(delta="(0, 1)", clip=0, seed=0)
+@validate_arguments(delta="(0, 1)", clip=0)
 def guarantee(
     original: nn.Module,
     compressed: nn.Module,
@@ -96,7 +96,6 @@ def guarantee(
     clip: float = 1.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: TaskSettings | None = None,
-    seed: int = 0,
 ) -> Guarantee:
     """Bound the expected loss of a compressed model, with a stated probability of an error.
 
@@ -123,8 +122,6 @@ def guarantee(
         Tokenizer for tasks.
     settings : TaskSettings, optional
         Settings for tasks.
-    seed : int
-        Seed of the order in which the units are processed; default 0.
 
     Returns
     -------
@@ -156,7 +153,7 @@ def guarantee(
         losses, fingerprint = _score_drops(original, compressed, data, tokenizer, settings)
     else:
         losses, fingerprint = _document_losses(original, compressed, data, measure, clip)
-    bound = low + (high - low) * mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta, seed=seed)
+    bound = low + (high - low) * mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta)
     mean, limits = float(np.mean(losses)), (low, high)
     return Guarantee(measure, bound, mean, len(losses), delta, fingerprint[:16], tuple(losses), limits)
 

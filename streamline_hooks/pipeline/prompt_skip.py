@@ -104,7 +104,6 @@ def fit_prompt_skip(
     tokenizer: PreTrainedTokenizerBase | None = None,
     last_tokens: int = LAST_TOKENS,
     checkpoint_file: str | Path | None = None,
-    resume: bool = False,
     **fields: Any,
 ) -> FittedPromptSkip:
     """Choose the blocks that a prompt skips, fit a map for each, and optionally train the maps.
@@ -133,9 +132,8 @@ def fit_prompt_skip(
     last_tokens : int
         Number of tokens at the end of a prompt that run every block; see `PromptSkip`. Default 16.
     checkpoint_file : str or Path, optional
-        File to resume the training from; see `train`.
-    resume : bool
-        Whether to continue the training from `checkpoint_file`; the closed-form part is computed again.
+        File to save the training run to. If it exists, the run in it continues, and must have the same settings and
+        data; the closed-form part is computed again.
     **fields
         Fields of `CompressionConfig` (except `data`) that override those of `config`.
 
@@ -174,9 +172,9 @@ def fit_prompt_skip(
         check_field_names(CompressionConfig, fields)
         config = replace(config, **fields)
     _check_config(config)
-    if config.distillation is None and (checkpoint_file is not None or resume):
+    if config.distillation is None and checkpoint_file is not None:
         raise StreamlineError(
-            "fit_prompt_skip: checkpoint_file or resume was given without a distillation, so nothing is trained. "
+            "fit_prompt_skip: checkpoint_file was given without a distillation, so nothing is trained. "
             "Expected both. Pass distillation=DistillationConfig() as well."
         )
     stack = find_stack(model, config.stack)
@@ -217,7 +215,7 @@ def fit_prompt_skip(
         config.distillation.seeded(config.seed),
         hardware=config.hardware,
         checkpoint_file=checkpoint_file,
-        resume=resume,
+        resume=checkpoint_file is not None and Path(checkpoint_file).exists(),
     )
     (trained,) = _compared(ready, [replace(best, maps=tuple(m and m.eval() for m in best.maps), training=training)])
     return trained

@@ -107,8 +107,10 @@ def test_training_starts_from_the_closed_form_and_lowers_both_divergences(tmp_pa
     trained = fit_prompt_skip(model, every, range(3, 6), **run, last_tokens=2)
     assert trained.training is not None and trained.training.tokens > 1000 and trained.window == solved.window
     assert all(trained.kl[name] < solved.kl[name] for name in ("text", "repeated")) and solved.training is None
-    again = fit_prompt_skip(model, every, range(3, 6), resume=True, **run, last_tokens=2)  # the run is complete
+    again = fit_prompt_skip(model, every, range(3, 6), **run, last_tokens=2)  # the run is complete
     assert all(torch.equal(a, b) for a, b in zip(weights_of(again), weights_of(trained), strict=True))
+    with pytest.raises(StreamlineError, match="another training run"):
+        fit_prompt_skip(model, every, range(3, 6), **run, last_tokens=3)
     other = fit_prompt_skip(model, every, range(3, 6), seed=1, distillation=run["distillation"], last_tokens=2)
     assert not any(torch.equal(a, b) for a, b in zip(weights_of(other), weights_of(trained), strict=True))
     assert all(module is None or not module.training for module in trained.maps)
