@@ -299,10 +299,10 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
     total = sum(int(batch["attention_mask"].sum()) for _, batch in continuations)
     model = ready.stack.model
     options: dict[str, Any] = {"stack": ready.stack.path, "probe": False}
-    skips = [PromptSkip(model, c.window, c.maps, last_tokens=c.last_tokens, **options) for c in fitted]
+    skips = [PromptSkip(model, c.window, c.maps, last_tokens=last_tokens, **options) for c in fitted]
     with inference(model), progress_bar(total * (1 + len(fitted)), "compare") as bar:
         for kind, batch in continuations:
-            mask = batch["attention_mask"]
+            mask, prompt = batch["attention_mask"], prompt_of(batch, last_tokens)
             scored = mask.bool() & ~prompt_of(batch, last_tokens=1)
             width = scored.shape[1] - int(scored.any(dim=0).int().argmax())  # from the first continuation on
             scored = scored[:, -width:]
@@ -311,7 +311,7 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
             reference = select_tokens(model(**inputs).logits[:, -width:], scored).float().log_softmax(dim=-1)
             bar.update(int(mask.sum()))
             for skip, nats in zip(skips, sums, strict=True):
-                with skip, skip.marked(prompt_of(batch, skip.last_tokens)):
+                with skip, skip.marked(prompt):
                     nats[kind] += summed_kl(reference, select_tokens(model(**inputs).logits[:, -width:], scored))
                 bar.update(int(mask.sum()))
             tokens[kind] += len(reference)
