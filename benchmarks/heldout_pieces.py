@@ -24,7 +24,7 @@ def last_words(data: Path, tokenizer: Any, count: int, seed: int) -> list[LastWo
     """Return pieces of whole sentences, split before the last word, balanced over the domains."""
     pieces = {
         name: [piece for text in paragraphs_of_domain for piece in _pieces(text, tokenizer, name)]
-        for name, paragraphs_of_domain in _paragraphs(data).items()
+        for name, paragraphs_of_domain in paragraphs(data).items()
     }
     return _draw_in_turn(pieces, count, f"{seed} last words")
 
@@ -33,22 +33,22 @@ def beginnings(data: Path, tokenizer: Any, count: int, seed: int) -> list[str]:
     """Return the first words of paragraphs, balanced over the domains."""
     pieces = {
         name: [begun for text in texts if (begun := _beginning(text, tokenizer))]
-        for name, texts in _paragraphs(data).items()
+        for name, texts in paragraphs(data).items()
     }
     return _draw_in_turn(pieces, count, f"{seed} beginnings")
 
 
-def _paragraphs(data: Path) -> dict[str, list[str]]:
+def paragraphs(data: Path) -> dict[str, list[str]]:
     """Return the paragraphs of each domain, without headings."""
-    paragraphs = {}
+    by_domain = {}
     for path in sorted((data / "text" / "heldout").glob("*.txt")):
         if path.stem.startswith("wikitext"):
             continue
         texts = (" ".join(text.split()) for text in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")))
-        paragraphs[path.stem] = [text for text in texts if text and not text.startswith("=")]
-    if not paragraphs:
+        by_domain[path.stem] = [text for text in texts if text and not text.startswith("=")]
+    if not by_domain:
         raise SystemExit(f"There is no held-out text in {data / 'text' / 'heldout'}. Expected domains as *.txt.")
-    return paragraphs
+    return by_domain
 
 
 def _pieces(text: str, tokenizer: Any, name: str) -> Iterator[LastWord]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.prompt_skip [--data FOLDER] [--model MODEL] [--windows 20-29,22-29] [--items 60]
         [--draw development] [--variants trained,fitted,skipped,mapped,removed,best,streamline]
-        [--shots 4] [--last-tokens 16] [--train-tokens 200704] [--learning-rate 0.0001]
+        [--shots 4] [--last-tokens 16] [--train-tokens 200704] [--learning-rate 0.0001] [--seed 0]
 
 For each window the variants are scored greedily on synthetic problems and on the last words of held-out passages, and
 on multiple-choice questions, whose context is the prompt: prompts skip the window with trained maps, with fitted maps
@@ -11,10 +11,10 @@ or without maps, or the window is removed with a fitted map or without one. For 
 each task relative to the original, and the KL divergence by which `fit_prompt_skip` chooses windows;
 `benchmarks.prompt_skip_cost` measures the time. Windows and settings are chosen on the draw ``development``, which has
 problems only, because held-out text and questions must not be used for choices; the draws ``0``, ``1`` and ``2`` have
-other problems, passages and questions, and seed the training; they are combined in one table. Problems with more
-examples (``--shots``) have longer prompts, of which more tokens skip; they are scored alone. The rows are saved
-to ``benchmarks/results/prompt_skip.json`` and ``.md`` (of another model: ``prompt_skip_NAME``), and those that exist
-are not measured again.
+other problems, passages and questions and are combined in one table. With ``--draw 0,1,2`` a model is trained once and
+scored on all three. Problems with more examples (``--shots``) have longer prompts, of which more tokens skip; they are
+scored alone. The rows are saved to ``benchmarks/results/prompt_skip.json`` and ``.md`` (of another model:
+``prompt_skip_NAME``), and those that exist are not measured again.
 """
 
 from __future__ import annotations
@@ -77,77 +77,89 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="another model: a folder or a GGUF file")
     parser.add_argument("--windows", default="20-29,22-29", help="first and last skipped block of each window")
     parser.add_argument("--items", type=int, default=60, help="items per task")
-    parser.add_argument("--draw", choices=SEEDS, default="development")
+    parser.add_argument("--draw", default="development", help=f"one or more of {', '.join(SEEDS)}")
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of each window; all: {', '.join(VARIANTS)}")
     parser.add_argument("--shots", type=int, default=SHOTS, help="examples before each problem")
     parser.add_argument("--last-tokens", type=int, default=LAST_TOKENS, help="of a prompt that run every block")
     parser.add_argument("--train-tokens", type=int, default=200_704)
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the maps")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     options = parser.parse_args()
+    if unknown := set(options.draw.split(",")) - SEEDS.keys():
+        parser.error(f"unknown draws: {', '.join(sorted(unknown))}; expected one or more of {', '.join(SEEDS)}")
     file = FILE if options.model == "smollm2" else FILE.with_name(f"{FILE.stem}_{Path(options.model).stem}.json")
     content = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     content["machine"] = machine()
     model, tokenizer = load_pretrained(options.model)
-    tasks = Tasks(options.data, tokenizer, options.items, options.draw, options.shots)
     split = split_of(options.data, tokenizer, **TOKENS)
     more = split_of(options.data, tokenizer, **TOKENS | {"calibration_tokens": options.train_tokens})
-    seed = SEEDS[options.draw] - SEEDS["0"] if options.draw != "development" else 9
-    training = DistillationConfig(learning_rate=options.learning_rate, validations=4, seed=seed)
+    training = DistillationConfig(learning_rate=options.learning_rate, validations=4, seed=options.seed)
     rate = "" if options.learning_rate == parser.get_default("learning_rate") else f", rate {options.learning_rate:g}"
-
+    seed_label = f", seed {options.seed}" if options.seed else ""
     last_tokens_label = "" if options.last_tokens == LAST_TOKENS else f", last tokens in full: {options.last_tokens}"
 
-    def add(name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        shots = "" if options.shots == SHOTS else f" with {options.shots} examples"
-        key = f"{options.draw}, {options.items} items{shots}, {name}"
-        if key not in content["rows"]:
-            row = {"draw": options.draw, "items": options.items, "shots": options.shots, "name": name}
-            content["rows"][key] = row | measure()
-            write(file, content)
-            file.with_suffix(".md").write_text(table(content["rows"]))
+    @cache
+    def fitted(window: range) -> FittedPromptSkip:
+        return fit_prompt_skip(model, split, window, tokenizer=tokenizer, last_tokens=options.last_tokens)
 
-    add("original", lambda: {"tasks": tasks.score(model), "prompt_tokens": tasks.prompt_tokens()})
-    for text in options.windows.split(","):
-        first, last = map(int, text.split("-"))
-        window = range(first, last + 1)
+    fitting = min(TOKENS["calibration_tokens"], more.calibration.numel())  # of all variants
 
-        @cache
-        def fitted(window: range = window) -> FittedPromptSkip:
-            return fit_prompt_skip(model, split, window, tokenizer=tokenizer, last_tokens=options.last_tokens)
+    @cache
+    def trained(window: range) -> FittedPromptSkip:
+        config = CompressionConfig(data=DataConfig(fitting_tokens=fitting), distillation=training)
+        return fit_prompt_skip(model, more, window, config, tokenizer=tokenizer, last_tokens=options.last_tokens)
 
-        def trained(window: range = window) -> FittedPromptSkip:
-            fitting = min(TOKENS["calibration_tokens"], more.calibration.numel())
-            config = CompressionConfig(data=DataConfig(fitting_tokens=fitting), distillation=training)
-            return fit_prompt_skip(model, more, window, config, tokenizer=tokenizer, last_tokens=options.last_tokens)
+    def without_maps(window: range) -> FittedPromptSkip:
+        return replace(fitted(window), maps=(None,) * len(window), kl={})
 
-        def skipping(fit: Callable[[], FittedPromptSkip]) -> dict[str, Any]:
-            done = fit()
+    @cache
+    def compressed(preset: str, blocks: int) -> tuple[Any, list[int]]:
+        changed = copy.deepcopy(model)
+        config = CompressionConfig.preset(
+            preset, remove=Target(blocks=blocks), seed=options.seed, evaluation=UNMEASURED
+        )
+        config = config.updated({"data.fitting_tokens": fitting})
+        return changed, list(compress(changed, more, config, tokenizer=tokenizer).plan.removed)
+
+    def score_original(tasks: Tasks) -> dict[str, Any]:
+        return {"tasks": tasks.score(model), "prompt_tokens": tasks.prompt_tokens()}
+
+    def measure(tasks: Tasks, variant: str, window: range) -> dict[str, Any]:
+        if variant in SKIPPING:
+            done = {"trained": trained, "fitted": fitted, "skipped": without_maps}[variant](window)
             with done.open(model):
                 row: dict[str, Any] = {"tasks": tasks.score(model), "kl": dict(done.kl)}
             return row | ({"training": done.training.report()} if done.training else {})
+        if variant in PRESETS:
+            changed, blocks = compressed(PRESETS[variant], len(window))
+            return {"tasks": tasks.score(changed), "removed": blocks}
+        with removed(model, window, split, repair=variant == "mapped") as changed:
+            return {"tasks": tasks.score(changed)}
 
-        def compressing(preset: str, count: int = len(window)) -> dict[str, Any]:
-            changed = copy.deepcopy(model)
-            config = CompressionConfig.preset(preset, remove=Target(blocks=count), seed=seed, evaluation=UNMEASURED)
-            result = compress(changed, more, config, tokenizer=tokenizer)
-            return {"tasks": tasks.score(changed), "removed": list(result.plan.removed)}
+    for draw in options.draw.split(","):
+        tasks = Tasks(options.data, tokenizer, options.items, draw, options.shots)
 
-        def removing(repair: bool, window: range = window) -> dict[str, Any]:
-            with removed(model, window, split, repair) as changed:
-                return {"tasks": tasks.score(changed)}
+        def add(name: str, measured: Callable[[], dict[str, Any]], draw: str = draw) -> None:
+            shots = "" if options.shots == SHOTS else f" with {options.shots} examples"
+            key = f"{draw}, {options.items} items{shots}, {name}"
+            if key not in content["rows"]:
+                row = {"draw": draw, "items": options.items, "shots": options.shots, "name": name}
+                content["rows"][key] = row | measured()
+                write(file, content)
+                file.with_suffix(".md").write_text(table(content["rows"]))
 
-        measures: dict[str, Callable[[], dict[str, Any]]] = {
-            "trained": lambda: skipping(trained),
-            "fitted": lambda: skipping(fitted),
-            "skipped": lambda: skipping(lambda: replace(fitted(), maps=(None,) * len(fitted().window), kl={})),
-            "mapped": lambda: removing(True),
-            "removed": lambda: removing(False),
-            **{key: partial(compressing, preset) for key, preset in PRESETS.items()},
-        }
-        for name in options.variants.split(","):
-            label = last_tokens_label if name in SKIPPING else ""
-            label += f" ({options.train_tokens:,} tokens{rate if name == 'trained' else ''})" if name in TRAINED else ""
-            add(f"{f'{len(window)} blocks' if name in PRESETS else text}, {VARIANTS[name]}{label}", measures[name])
+        add("original", partial(score_original, tasks))
+        for text in options.windows.split(","):
+            first, last = map(int, text.split("-"))
+            for variant in options.variants.split(","):
+                label = last_tokens_label if variant in SKIPPING else ""
+                if variant in TRAINED:
+                    label += f" ({options.train_tokens:,} tokens{rate if variant == 'trained' else ''}{seed_label})"
+                blocks = f"{last - first + 1} blocks" if variant in PRESETS else text
+                add(
+                    f"{blocks}, {VARIANTS[variant]}{label}",
+                    partial(measure, tasks, variant, range(first, last + 1)),
+                )
     print(table(content["rows"]))
 
 

@@ -43,7 +43,8 @@ def main() -> None:
     for tokens in map(int, options.tokens.split(",")):
         ids = torch.randint(*IDS, (1, tokens), generator=torch.Generator().manual_seed(0))
         for skipped in map(int, options.skipped.split(",")):
-            rows.append({"tokens": tokens, "skipped": skipped, **measure(model, ids, skipped, options.rounds)})
+            row = {"tokens": tokens, "skipped": skipped, "rounds": options.rounds}
+            rows.append(row | measure(model, ids, skipped, options.rounds))
             print(rows[-1], flush=True)
     command = (
         f"python -m benchmarks.prompt_skip_cost --tokens {options.tokens} --skipped {options.skipped} "
@@ -89,12 +90,12 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
         "SmolLM2-135M, float32, the last of 30 blocks skipped for prompts; cost and time relative to the original.",
         "",
-        "| prompt tokens | skipped blocks | ideal cost | time | saved of the ideal saving |",
-        "|---|---|---|---|---|",
+        "| prompt tokens | skipped blocks | rounds | ideal cost | time | saved of the ideal saving |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = f"{row['tokens']} | {row['skipped']} | {row['ideal']:.3f} | {row['time']:.3f} | {row['share']:.2f}"
-        lines.append(f"| {cells} |")
+        cells = f"{row['tokens']} | {row['skipped']} | {row['rounds']} | {row['ideal']:.3f} | {row['time']:.3f}"
+        lines.append(f"| {cells} | {row['share']:.2f} |")
     return "\n".join([*lines, "", f"Made by `{command}`.", ""])
 
 

@@ -181,7 +181,7 @@ def link_copies(app: object, docname: str, source: list[str]) -> None:
     A notebook links to a page as ../docs/PAGE.md, which is right in the repository. Its copy is one folder deeper.
     """
     up = "../" * docname.count("/")
-    pattern = r"\((?:\.\./)+benchmarks/results/(\w+)\.md\)"
+    pattern = r"\((?:\.\./)+benchmarks/results/([\w.-]+)\.md\)"
     source[0] = re.sub(pattern, rf"({up}copied/results/\1.md)", source[0])
     if docname.startswith("copied/notebooks/"):
         source[0] = source[0].replace("(../docs/", f"({up}")

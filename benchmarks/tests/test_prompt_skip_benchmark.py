@@ -80,6 +80,18 @@ def test_each_variant_has_a_row_and_is_measured_once(model: nn.Module, monkeypat
 
 
 @pytest.mark.usefixtures("model")
+def test_a_model_is_trained_once_for_all_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, compress = [], prompt_skip.compress
+    monkeypatch.setattr(prompt_skip, "compress", lambda *args, **options: calls.append(1) or compress(*args, **options))
+    rows = run(monkeypatch, "--draw", "0,1", "--variants", "streamline", "--seed", "3")
+    names = ["original", "2 blocks, removed by LLM-Streamline (200,704 tokens, seed 3)"]
+    assert [(row["draw"], row["name"]) for row in rows.values()] == [(draw, name) for draw in "01" for name in names]
+    assert len(calls) == 1
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--draw", "0,9")
+
+
+@pytest.mark.usefixtures("model")
 def test_choices_are_made_without_heldout_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_skip, "last_words", None)
     rows = run(monkeypatch, "--draw", "development", "--variants", "fitted")
