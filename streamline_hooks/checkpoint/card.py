@@ -130,6 +130,8 @@ def _surgery(entry: dict[str, Any]) -> list[str]:
     fitting = entry.get("repaired", "trained" if entry.get("training") else "in closed form")
     if "kind" in entry and fitting:
         lines.append(f"- Repaired by: `{entry['kind']}`, {fitting}.")
+    if "guarantee" in entry:
+        lines.append(f"- Bounded losses, {entry['guarantee']}.")
     data = {key: value for key, value in (entry.get("calibration") or {}).items() if value not in ([], "", None)}
     if data:
         data_texts = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -36,6 +37,7 @@ from streamline_hooks.cli.options import (
 from streamline_hooks.cli.output import Printer, print_log, write_page
 from streamline_hooks.cli.parsing import parse_bytes, parse_duration, parse_sources
 from streamline_hooks.core import StreamlineError, distributed_step, process_group
+from streamline_hooks.data import read_documents
 from streamline_hooks.pipeline import (
     PRESETS,
     CompressionConfig,
@@ -56,6 +58,14 @@ Test = Annotated[
     Parameter(
         name="--test", help="Text for measuring the result, instead of a part of the calibration text.", negative=()
     ),
+]
+GuaranteeText = Annotated[
+    list[str] | None,
+    Parameter(help="Documents on which --at-most is tested for disagreement and kl: files or folders.", negative=()),
+]
+GuaranteeTasks = Annotated[
+    list[str] | None,
+    Parameter(help="Tasks on which --at-most is tested for accuracy_drop, as for evaluate.", negative=()),
 ]
 Pack = Annotated[
     bool,
@@ -99,6 +109,8 @@ def compress(
     validation_examples: ValidationExamples = None,
     test_examples: TestExamples = None,
     profile: ProfileFile = None,
+    guarantee_text: GuaranteeText = None,
+    guarantee_tasks: GuaranteeTasks = None,
     budget: Budget = "",
     memory: Memory = "",
     resume: Resume = False,
@@ -132,7 +144,12 @@ def compress(
             output,
             data,
             read_loading(option_values),
-            RunOptions(overwrite=overwrite, resume=resume, profile=measured),
+            RunOptions(
+                overwrite=overwrite,
+                resume=resume,
+                profile=measured,
+                guarantee_data=_guarantee_data(settings.at_most, guarantee_text, guarantee_tasks),
+            ),
             JobLimits(parse_bytes(memory) if memory else None, parse_duration(budget) if budget else None),
             set_flags(option_values, examples, settings, config),
         )
@@ -152,6 +169,28 @@ def compress(
         show.line(job.interruption(result))
     if job.interruption(result):  # inside the process group, an exit would count as a failure of this rank
         sys.exit(130)
+
+
+def _guarantee_data(
+    limits: Mapping[str, float] | None, text: list[str] | None, tasks: list[str] | None
+) -> dict[str, list[str]]:
+    """Return the documents or tasks of each limit."""
+    needed = {"--guarantee-tasks" if name == "accuracy_drop" else "--guarantee-text" for name in limits or ()}
+    sources = {"--guarantee-text": text, "--guarantee-tasks": tasks}
+    written = {flag for flag, values in sources.items() if values}
+    if missing := needed - written:
+        raise StreamlineError(
+            f"compress: --at-most was given for {', '.join(limits or ())} without {' and '.join(sorted(missing))}. "
+            "Expected documents for kl and disagreement, and tasks for accuracy_drop, that were not used before. Add "
+            "them."
+        )
+    if unused := written - needed:
+        raise StreamlineError(
+            f"compress: {' and '.join(sorted(unused))} was given without a limit that it is for. Expected --at-most, "
+            "such as disagreement:0.1 with text or accuracy_drop:0.02 with tasks. Add it, or leave the option out."
+        )
+    documents = read_documents(text) if text else []
+    return {name: (tasks or []) if name == "accuracy_drop" else documents for name in limits or ()}
 
 
 def _options_to_resume(job: CompressionJob, preset: str) -> str:

@@ -21,6 +21,7 @@ from streamline_hooks.cli.parsing import (
     parse_bytes,
     parse_criterion,
     parse_healing,
+    parse_limits,
     parse_loss,
     parse_numbers,
     parse_replacement,
@@ -44,6 +45,7 @@ SHORT_FORMS: dict[type, Callable[[str], Any]] = {
 }
 """Parsers of the configs with a short form, such as ``linear:rank=64``."""
 FIELD_FORMS: dict[str, Callable[[str], Any]] = {
+    "at_most": parse_limits,
     "search.criterion": parse_criterion,
     "search.protect": parse_blocks,
     "distillation.loss": parse_loss,
@@ -56,6 +58,7 @@ EXAMPLES: dict[Callable[[str], Any], str] = {
     read_search: "disjoint:windows=3",
     parse_healing: "lora:rank=16, partial:where=after",
     parse_task: "seq2seq, embedding:pooling=first",
+    parse_limits: "disagreement:0.1,kl:0.3",
     parse_criterion: "kl, cosine + 0.5*relative_magnitude",
     parse_blocks: "0,1,-1",
     parse_loss: "'kl + 0.5*lm'",

@@ -138,6 +138,30 @@ def parse_loss(text: str) -> dict[str, float]:
     return dict(Objective(_weighted_sum(text, "loss", LOSSES.__getitem__)).weights)
 
 
+def parse_limits(text: str) -> dict[str, float]:
+    """Parse limits by name.
+
+    Examples
+    --------
+    >>> parse_limits("disagreement:0.1,kl:0.3")
+    {'disagreement': 0.1, 'kl': 0.3}
+    """
+    limits: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition(":"))
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = math.nan
+        if math.isnan(limit) or name in limits:
+            raise StreamlineError(
+                f"{text!r}: {part!r} is invalid. Expected each name once with a number, such as disagreement:0.1. "
+                "Correct it."
+            )
+        limits[name] = limit
+    return limits
+
+
 def _weighted_sum(text: str, label: str, check: Callable[[str], Any]) -> dict[str, float]:
     """Parse a sum such as ``a + 0.5*b``; `check` raises for an unknown name."""
     weights: dict[str, float] = {}

@@ -48,7 +48,7 @@ SHOWN = (
 )  # fmt: skip
 
 
-@with_options(CompressionConfig, LoadingConfig, ModelShape, DeviceRates, shown=SHOWN)
+@with_options(CompressionConfig, LoadingConfig, ModelShape, DeviceRates, without=("at_most", "delta"), shown=SHOWN)
 def plan(
     model: PlannedModel = None,
     /,

@@ -57,7 +57,9 @@ Speed = Annotated[
 ]
 SpeedTokens = Annotated[int, Parameter(help="Tokens of the timed prompt.")]
 Repeats = Annotated[int, Parameter(help="Number of timed rounds.")]
-WITHOUT = ("remove", "repair", "repair.seed", "evaluation.speed", "evaluation.generation", "train_until")
+WITHOUT = (
+    "remove", "repair", "repair.seed", "evaluation.speed", "evaluation.generation", "train_until", "at_most", "delta",
+)  # fmt: skip
 SHOWN = ("--output", "--remove", "--repair", "--loss", "--search", "--protect", "--calibration", "--device", "--config")
 
 

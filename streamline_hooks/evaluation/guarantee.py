@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from streamline_hooks.core import Batch, StreamlineError, padding_mask, texts_digest, validate_arguments
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    max_positions,
+    padding_mask,
+    texts_digest,
+    validate_arguments,
+)
 from streamline_hooks.evaluation.agreement import run_paired
-from streamline_hooks.evaluation.lm_eval_tasks import TaskSettings, TaskSource, run_tasks
+from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskSettings, TaskSource, load_tasks
 from streamline_hooks.modeling import Task, kl_by_token
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 LossMeasure = Literal["accuracy_drop", "disagreement", "kl"]
 _TOLERANCE = 1e-4  # of a bound, which is rounded up
 _MOST_UNITS = 1 << 20
+_DOCUMENT_TOKENS, _BATCH = 512, 8
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,33 @@ class Guarantee:
         scaled = [(loss - low) / (high - low) for loss in self.losses]
         return required_units(scaled, (bound - low) / (high - low), self.delta)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields except the losses as JSON values."""
+        names = ("measure", "bound", "mean", "units", "delta", "fingerprint", "limits")
+        return {name: getattr(self, name) for name in names} | {"limits": list(self.limits)}
+
+    @property
+    def loss(self) -> str:
+        """Description of the loss."""
+        unit = "nat" if self.limits[1] == 1 else "nats"
+        clip = f", clipped at {self.limits[1]:g} {unit}," if self.measure == "kl" else ""
+        return _NAMES[self.measure] + clip
+
+    @property
+    def sample(self) -> str:
+        """Description of the measured units."""
+        unit = "questions" if self.measure == "accuracy_drop" else "documents"
+        return f"{self.units} {unit}, mean {self.mean:.3f}, data {self.fingerprint}"
+
     def __str__(self) -> str:
-        name, unit = _NAMES[self.measure]
-        return (
-            f"expected {name} at most {self.bound:.3f} with probability {1 - self.delta:.3g} "
-            f"({self.units} {unit}, mean {self.mean:.3f}, data {self.fingerprint})"
-        )
+        bound = math.ceil(self.bound * 1000) / 1000
+        return f"expected {self.loss} at most {bound:.3f} with probability {1 - self.delta:.10g} ({self.sample})"
 
 
 _NAMES = {
-    "accuracy_drop": ("drop in accuracy", "questions"),
-    "disagreement": ("top-1 disagreement", "documents"),
-    "kl": ("KL divergence in nats per token", "documents"),
+    "accuracy_drop": "drop in accuracy",
+    "disagreement": "top-1 disagreement",
+    "kl": "KL divergence per token",
 }
 
 
@@ -89,7 +114,7 @@ _NAMES = {
 def guarantee(
     original: nn.Module,
     compressed: nn.Module,
-    data: Sequence[Batch | Tensor] | Sequence[TaskSource],
+    data: Sequence[str] | Sequence[Batch | Tensor] | Sequence[TaskSource],
     measure: LossMeasure = "disagreement",
     *,
     delta: float = 0.05,
@@ -108,8 +133,9 @@ def guarantee(
     original, compressed : torch.nn.Module
         The models to compare.
     data : sequence
-        For "disagreement" and "kl" batches, of which each row is a document: (batch, tokens) or a mapping with
-        ``input_ids`` and ``attention_mask``. For "accuracy_drop" tasks, see `run_tasks`; their items count together.
+        For "disagreement" and "kl" documents, of which the first 512 tokens count, or batches, of which each row is a
+        document: (batch, tokens) or a mapping with ``input_ids`` and ``attention_mask``. For "accuracy_drop" tasks, see
+        `run_tasks`; their items count together.
     measure : {"accuracy_drop", "disagreement", "kl"}
         The loss: the score of the original minus that of the compressed model, per question; the fraction of tokens
         with another top-1 prediction, per document; or the mean over tokens of KL(original ‖ compressed), clipped at
@@ -119,7 +145,7 @@ def guarantee(
     clip : float
         Largest KL divergence of a token, in nats; default 1.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
-        Tokenizer for tasks.
+        Tokenizer for documents and tasks.
     settings : TaskSettings, optional
         Settings for tasks.
 
@@ -130,8 +156,8 @@ def guarantee(
     Raises
     ------
     StreamlineError
-        If the data does not match the measure, a task has no scores between 0 and 1, or the models cannot be compared
-        (see `agreement`).
+        If the data do not match the measure, a document occurs twice, a task has no scores between 0 and 1, or the
+        models cannot be compared (see `agreement`).
 
     Examples
     --------
@@ -148,14 +174,28 @@ def guarantee(
     >>> statement.units, statement.mean < statement.bound < 1
     (64, True)
     """
+    units = load_guarantee_data(original, data, measure, tokenizer, settings)
+    return bound_losses(original, compressed, units, measure, delta=delta, clip=clip)
+
+
+def bound_losses(
+    original: nn.Module,
+    compressed: nn.Module,
+    units: GuaranteeData,
+    measure: LossMeasure,
+    *,
+    delta: float,
+    clip: float = 1.0,
+) -> Guarantee:
+    """Bound the expected loss on units that `load_guarantee_data` returned."""
     low, high = -1.0 if measure == "accuracy_drop" else 0.0, clip if measure == "kl" else 1.0
     if measure == "accuracy_drop":
-        losses, fingerprint = _score_drops(original, compressed, data, tokenizer, settings)
+        losses = units.score_drops(original, compressed)
     else:
-        losses, fingerprint = _document_losses(original, compressed, data, measure, clip)
+        losses = _document_losses(original, compressed, units.batches, measure, clip)
     bound = low + (high - low) * mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta)
     mean, limits = float(np.mean(losses)), (low, high)
-    return Guarantee(measure, bound, mean, len(losses), delta, fingerprint[:16], tuple(losses), limits)
+    return Guarantee(measure, bound, mean, len(losses), delta, units.fingerprint, tuple(losses), limits)
 
 
 @validate_arguments(delta="(0, 1)", seed=0)
@@ -266,22 +306,129 @@ def _test_of_means(losses: np.ndarray, delta: float, seed: int) -> Callable[[flo
     return is_rejected
 
 
-def _document_losses(
-    original: nn.Module, compressed: nn.Module, batches: Sequence[Any], measure: str, clip: float
-) -> tuple[list[float], str]:
-    """Return the loss of each row of the batches, and a digest of the rows."""
+@dataclass
+class GuaranteeData:
+    """Documents or questions that are valid for a measure; returned by `load_guarantee_data`.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Digest of the documents or questions.
+    batches : sequence of mapping or torch.Tensor
+        Documents, one per row.
+    tasks : dict of str to LoadedTask
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+    """
+
+    fingerprint: str
+    batches: Sequence[Any] = ()
+    tasks: Mapping[str, LoadedTask] = field(default_factory=dict)
+    tokenizer: Any = None
+    _scores: tuple[nn.Module, list[float]] | None = None  # of the original, which several models are compared with
+
+    def score_drops(self, original: nn.Module, compressed: nn.Module) -> list[float]:
+        """Return the score of the original minus that of the compressed model, by question."""
+        if self._scores is None or self._scores[0] is not original:
+            self._scores = original, self._scored(original)
+        return [a - b for a, b in zip(self._scores[1], self._scored(compressed), strict=True)]
+
+    def _scored(self, model: nn.Module) -> list[float]:
+        results = {name: task.run(model, self.tokenizer) for name, task in self.tasks.items()}
+        if unscored := [name for name, result in results.items() if not result.scores]:
+            raise StreamlineError(
+                f"guarantee: {', '.join(unscored)} has no score between 0 and 1 per item. Expected tasks with a metric "
+                "such as accuracy. Leave it out."
+            )
+        return [score for result in results.values() for score in result.scores]
+
+
+def load_guarantee_data(
+    model: nn.Module, data: Any, measure: LossMeasure, tokenizer: Any = None, settings: TaskSettings | None = None
+) -> GuaranteeData:
+    """Check the data of `guarantee`, and return them as batches or loaded tasks."""
+    if not isinstance(data, Sequence) or isinstance(data, str) or not data:
+        raise StreamlineError(
+            f"guarantee: the data for {measure} are {f'a {type(data).__name__}' if data else 'empty'}. Expected a list "
+            "with at least one document, batch or task. Convert them to a list."
+        )
+    are_texts = all(isinstance(item, str) for item in data)
+    if measure == "accuracy_drop":
+        if tokenizer is None or any(isinstance(item, Tensor) for item in data):
+            raise StreamlineError(
+                "guarantee: measure='accuracy_drop' scores tasks, but a tokenizer or the tasks are missing. Expected "
+                "both. Pass names or files of tasks, and tokenizer=..."
+            )
+        tasks = load_tasks(data, settings or TaskSettings())
+        return GuaranteeData(
+            texts_digest(task.digest() for task in tasks.values())[:16], tasks=tasks, tokenizer=tokenizer
+        )
+    task = Task.of(model)
+    if task.unit != "token":
+        raise StreamlineError(
+            f"guarantee: measure={measure!r} compares predictions of tokens, but {type(model).__name__} is for {task}. "
+            "Expected a language model. Bound your own losses with mean_upper_bound."
+        )
+    batches = _document_batches(model, data, tokenizer) if are_texts else data
     if not all(isinstance(batch, Tensor) or (hasattr(batch, "keys") and "input_ids" in batch) for batch in batches):
         raise StreamlineError(
-            f"guarantee: measure={measure!r} compares logits, but the data are no batches. Expected tensors or "
-            "mappings with input_ids, a document per row. For tasks pass measure='accuracy_drop'."
+            f"guarantee: measure={measure!r} compares logits, but the data are neither documents nor batches. Expected "
+            "strings, or tensors or mappings with input_ids, a document per row. For tasks pass "
+            "measure='accuracy_drop'."
         )
+    rows = [row for batch in batches for row in document_rows(batch)]
+    if copies := len(rows) - len(set(rows)):
+        raise StreamlineError(
+            f"guarantee: {copies} of {len(rows)} documents occur twice, so they are not independent. Expected "
+            "different documents. Remove the copies."
+        )
+    return GuaranteeData(texts_digest(map(repr, rows))[:16], batches)
+
+
+def document_rows(batch: Any) -> list[tuple[int, ...]]:
+    """Return the token ids of each row of a batch, without padding."""
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    mask = None if isinstance(batch, Tensor) else padding_mask(batch)
+    real = torch.ones_like(ids) if mask is None else mask
+    return [tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, real, strict=True)]
+
+
+def _document_batches(model: nn.Module, documents: Sequence[Any], tokenizer: Any) -> list[dict[str, Tensor]]:
+    """Return batches whose rows are the first tokens of the documents, padded on the right."""
+    if tokenizer is None:
+        raise StreamlineError(
+            f"guarantee: {len(documents)} documents were given without a tokenizer. Expected one. Pass tokenizer=..., "
+            "or batches. The names of tasks need measure='accuracy_drop'."
+        )
+    limit = min(_DOCUMENT_TOKENS, max_positions(getattr(model, "config", None)) or _DOCUMENT_TOKENS)
+    rows = [tokenizer(text).input_ids[:limit] for text in documents]
+    if not all(rows):
+        raise StreamlineError(
+            f"guarantee: document {list(map(bool, rows)).index(False)} has no token. Expected at least one in each. "
+            "Leave empty documents out."
+        )
+    batches = []
+    for start in range(0, len(rows), _BATCH):
+        ids = [torch.tensor(row) for row in rows[start : start + _BATCH]]
+        masks = [torch.ones_like(row) for row in ids]
+        batches.append(
+            {
+                "input_ids": pad_sequence(ids, batch_first=True),
+                "attention_mask": pad_sequence(masks, batch_first=True),
+            }
+        )
+    return batches
+
+
+def _document_losses(
+    original: nn.Module, compressed: nn.Module, batches: Sequence[Any], measure: str, clip: float
+) -> list[float]:
+    """Return the loss of each row of the batches."""
     task = Task.of(original)
     losses: list[float] = []
-    texts: list[str] = []
     with run_paired(compressed, original, batches, measure, task) as pairs:
         for batch, (_, _, reference, answers) in zip(batches, pairs, strict=True):
             if measure == "kl":
-                values = kl_by_token(reference.float().log_softmax(dim=-1), answers).clamp(max=clip)
+                values = kl_by_token(reference.float().log_softmax(dim=-1), answers).clamp(0, clip)
             else:
                 values = (reference.argmax(dim=-1) != answers.argmax(dim=-1)).float()
             ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
@@ -289,30 +436,4 @@ def _document_losses(
             mask = padding_mask(batch) if mask is None and not isinstance(batch, Tensor) else mask
             counts = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
             losses += [float(row.mean()) for row in values.split(counts) if len(row)]
-            texts += [repr(row) for row in ids.tolist()]
-    if len(set(texts)) < len(texts):
-        raise StreamlineError(
-            f"guarantee: {len(texts) - len(set(texts))} of {len(texts)} documents occur twice, so they are not "
-            "independent. Expected different documents. Remove the copies."
-        )
-    return losses, texts_digest(texts)
-
-
-def _score_drops(
-    original: nn.Module, compressed: nn.Module, tasks: Sequence[Any], tokenizer: Any, settings: TaskSettings | None
-) -> tuple[list[float], str]:
-    """Return the difference of the scores of each question, and a digest of the tasks."""
-    if tokenizer is None or any(isinstance(task, Tensor) for task in tasks):
-        raise StreamlineError(
-            "guarantee: measure='accuracy_drop' scores tasks, but a tokenizer or the tasks are missing. Expected both. "
-            "Pass names or files of tasks, and tokenizer=..."
-        )
-    before, after = (run_tasks(model, tokenizer, tasks, settings) for model in (original, compressed))
-    unscored = [name for name, result in before.items() if not result.scores]
-    if unscored:
-        raise StreamlineError(
-            f"guarantee: {', '.join(unscored)} has no score between 0 and 1 per item. Expected tasks with a metric "
-            "such as accuracy. Leave it out."
-        )
-    drops = [a - b for name in before for a, b in zip(before[name].scores, after[name].scores, strict=True)]
-    return drops, texts_digest([*before, repr(settings), *(repr(result.scores) for result in before.values())])
+    return losses

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from streamline_hooks.checkpoint import check_output_folder, save
 from streamline_hooks.core import (
@@ -21,6 +24,7 @@ from streamline_hooks.core import (
     validate_arguments,
 )
 from streamline_hooks.data import TokenSplit
+from streamline_hooks.evaluation import document_rows
 from streamline_hooks.modeling import StateSource, find_stack, sentence_folder_of
 from streamline_hooks.pipeline.apply import round_files
 from streamline_hooks.pipeline.compress_checkpoint import require_blockwise
@@ -223,6 +227,7 @@ def compress(
         check_field_names(CompressionConfig, fields)
         config = replace(config, **fields)
     parts, recorded = parts_of(data), config
+    _check_guarantee_data(parts, config, options)
     if isinstance(model, StateSource):
         if not inplace:
             raise StreamlineError(
@@ -254,3 +259,44 @@ def compress(
     if not inplace:
         return compress_in_rounds(copy.deepcopy(model), parts, config, original=model, **arguments)
     return compress_in_rounds(model.model if isinstance(model, StateSource) else model, parts, config, **arguments)
+
+
+def _check_guarantee_data(parts: Any, config: CompressionConfig, options: RunOptions) -> None:
+    """Raise if the data of `at_most` are missing, have no effect, or are also used for the compression."""
+    data = options.guarantee_data
+    if config.at_most is None:
+        if data:
+            raise StreamlineError(
+                f"compress: guarantee_data was given for {', '.join(data)}, but the config has no at_most. Expected "
+                "both. Set at_most, or leave guarantee_data out."
+            )
+        return
+    if current_processes().count > 1:
+        raise StreamlineError(
+            f"compress: at_most was given with {current_processes().count} processes. Expected one. Run it outside of "
+            "torchrun."
+        )
+    units = [row for name, items in data.items() if name != "accuracy_drop" for row in _rows_of(items)]
+    used = {row for part in (parts.values() if isinstance(parts, Mapping) else [parts]) for row in _rows_of(part)}
+    used.update(options.test_texts or ())
+    if shared := sum(unit in used for unit in units):
+        raise StreamlineError(
+            f"compress: {shared} of {len(units)} documents in guarantee_data are also among the data of the "
+            "compression, so their losses are too small. Expected other documents. Remove them from one of the two."
+        )
+    if not {type(unit) for unit in units} <= {type(row) for row in used}:
+        logger.warning(
+            "guarantee_data was not compared with the data of the compression, which have another form. Make sure that "
+            "no document is in both."
+        )
+
+
+def _rows_of(items: Any) -> list[Any]:
+    """Return the documents among texts and batches: strings, or the token ids of each row without padding."""
+    rows: list[Any] = []
+    for item in items if isinstance(items, Sequence) and not isinstance(items, str) else ():
+        if isinstance(item, str):
+            rows.append(item)
+        elif isinstance(item, Tensor) or (isinstance(item, Mapping) and "input_ids" in item):
+            rows += document_rows(item)
+    return rows

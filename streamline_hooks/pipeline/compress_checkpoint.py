@@ -142,6 +142,7 @@ def compress_checkpoint(
         "profile": run.profile is not None,
         "teacher": run.teacher is not None,
         "callbacks": bool(run.callbacks),
+        "guarantee_data": bool(run.guarantee_data),
     }
     if set_options := [name for name, is_set in unused.items() if is_set]:
         raise StreamlineError(
@@ -210,6 +211,7 @@ def unsupported_fields(config: CompressionConfig) -> dict[str, str]:
         ),
         "remove": (config.target.is_timed, f"the target {config.target}, which is timed"),
         "distillation": (config.distillation is not None, "distillation"),
+        "at_most": (config.at_most is not None, "at_most, which compares whole models"),
         "task": (config.task not in (None, Task("causal-lm")), f"task={config.task}"),
     }
     return {field: text for field, (holds, text) in reasons.items() if holds}

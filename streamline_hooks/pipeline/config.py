@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import yaml
 from torch import nn
@@ -26,6 +26,7 @@ from streamline_hooks.core import (
     validate_fields,
 )
 from streamline_hooks.distillation import DistillationConfig, HealingConfig, TrainingCallback
+from streamline_hooks.evaluation import LossMeasure
 from streamline_hooks.modeling import Task
 from streamline_hooks.repair import LinearConfig, ReplacementConfig
 from streamline_hooks.selection import SearchConfig, Target, WindowSearch
@@ -162,6 +163,9 @@ class RunOptions:
         Documents for the test part. By default a part of the data. Only if the data are documents.
     callbacks : sequence of TrainingCallback
         Called before and after each training step and each validation.
+    guarantee_data : dict of str to sequence, optional
+        For each measure of `CompressionConfig.at_most` its documents or tasks, see `streamline_hooks.evaluation.
+        guarantee`. They must be independent of all other data.
 
     Examples
     --------
@@ -177,6 +181,7 @@ class RunOptions:
     teacher: nn.Module | None = None
     test_texts: Sequence[str] | None = None
     callbacks: Sequence[TrainingCallback] = ()
+    guarantee_data: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -217,6 +222,15 @@ class CompressionConfig(Config):
     train_until : float, optional
         Seconds after the start of the compression at which training stops and keeps the best weights so far. The result
         then depends on the speed of the machine. By default training is not limited.
+    at_most : dict of str to float, optional
+        Largest expected losses by measure, such as ``{"disagreement": 0.1}``; see `streamline_hooks.evaluation.
+        guarantee`; the KL divergence of a token is clipped at 1 nat. A window of `remove` blocks is chosen as usual,
+        and inside it windows of half, a quarter, ... of the blocks. The largest one whose losses are bounded by these
+        values on `RunOptions.guarantee_data` is removed. If there is none, the compression raises an error. The
+        original is copied for the comparison, and the estimate of a compression does not include it. By default nothing
+        is bounded.
+    delta : float
+        Probability with which the losses may exceed `at_most`. 0.05 by default.
     seed : int
         Seed of the data split, of random initial weights and of the order of training batches. A `seed` of `repair` or
         `distillation` overrides it there. 0 by default.
@@ -240,7 +254,7 @@ class CompressionConfig(Config):
     SwiGLUConfig(seed=None, width=None, norm=True, linear=True)
     """
 
-    bounds: ClassVar[Mapping[str, Bound]] = {"rounds": 1}
+    bounds: ClassVar[Mapping[str, Bound]] = {"rounds": 1, "delta": "(0, 1)"}
 
     remove: Target | int | float = Target(fraction=0.25)
     repair: ReplacementConfig = LinearConfig()
@@ -252,6 +266,8 @@ class CompressionConfig(Config):
     hardware: HardwareConfig = HardwareConfig()
     rounds: int = 1
     train_until: float | None = None
+    at_most: Mapping[str, float] | None = None
+    delta: float = 0.05
     seed: int = 0
     task: Task | None = None
     stack: str | None = field(default=None)
@@ -282,6 +298,13 @@ class CompressionConfig(Config):
             )
         if self.rounds > 1:
             self._check_rounds()
+        if self.at_most is not None:
+            self._check_at_most(self.at_most)
+        elif self.delta != CompressionConfig.delta:
+            raise StreamlineError(
+                f"CompressionConfig: delta={self.delta} has no effect without at_most. Expected both. Set at_most, or "
+                "leave delta out."
+            )
 
     @property
     def target(self) -> Target:
@@ -321,6 +344,25 @@ class CompressionConfig(Config):
             raise StreamlineError(
                 f"CompressionConfig: train_until={self.train_until} limits one training run, but each of {self.rounds} "
                 "rounds has a training run. Leave it out, or limit each run with DistillationConfig(max_minutes=...)."
+            )
+
+    def _check_at_most(self, limits: Mapping[str, float]) -> None:
+        measures = get_args(LossMeasure)
+        if not limits or not set(limits) <= set(measures) or not all(0 < value < 1 for value in limits.values()):
+            raise StreamlineError(
+                f"CompressionConfig: at_most={dict(limits)} was given. Expected values between 0 and 1 (the KL of a "
+                f"token is clipped at 1 nat) for at least one of {', '.join(measures)}. Correct the names and values."
+            )
+        excluded = {
+            "a distillation, as in the preset best,": self.distillation is not None,
+            f"the target {self.target}": not self.target.counts_blocks,
+            f"the search {self.search.kind!r}": self.search.number_of_windows != 1 or self.search.zeroes_branches,
+        }
+        if unsupported := [name for name, is_set in excluded.items() if is_set]:
+            raise StreamlineError(
+                f"CompressionConfig: at_most compares nested windows with closed-form replacements, but "
+                f"{' and '.join(unsupported)} was given. Expected a number or a fraction of the blocks, one window, "
+                "and no training. Compress without at_most, and call `guarantee` on the result."
             )
 
     @classmethod

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -15,17 +17,26 @@ from streamline_hooks.core import (
     UnsupportedSurgery,
     check_field_names,
     current_processes,
+    describe_blocks,
     get_logger,
     validate_arguments,
 )
-from streamline_hooks.evaluation import Guarantee, LossMeasure, TaskSettings, guarantee
+from streamline_hooks.evaluation import (
+    Guarantee,
+    GuaranteeData,
+    LossMeasure,
+    TaskSettings,
+    bound_losses,
+    load_guarantee_data,
+)
 from streamline_hooks.modeling import Task, find_stack
+from streamline_hooks.pipeline.apply import apply_selection, first_applicable
 from streamline_hooks.pipeline.config import CompressionConfig
 from streamline_hooks.pipeline.prepare import CompressionData, Preparation, parts_of, prepare_compression
 from streamline_hooks.selection import Selection, Target, VerifiedSelection, verify_shortlist
 from streamline_hooks.statistics import Profile
 from streamline_hooks.statistics import profile as measure_profile
-from streamline_hooks.surgery import DepthCut, ModelSource, at_depth, depths_of, set_depths
+from streamline_hooks.surgery import DepthCut, LayerSurgeon, ModelSource, at_depth, depths_of, set_depths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,16 +84,40 @@ class ChosenDepth:
     required_units : dict of str to (int or None)
         For each measure that the last tested depth did not pass, the estimated number of units with which it would;
         None if no number is enough, or more than a million. Empty if every depth passed.
+    at_most : dict of str to float
+        The limits. Only these hold for the chosen depth with the stated probability: the bounds in `statements` were
+        used to choose it.
+    delta : float
+        Probability with which the chosen depth may exceed a limit.
 
     Examples
     --------
-    >>> ChosenDepth(7, {}, {"disagreement": 900}).required_units
-    {'disagreement': 900}
+    >>> statement = Guarantee("disagreement", bound=0.12, mean=0.1, units=400, delta=0.05, fingerprint="8e1c")
+    >>> print(ChosenDepth(7, {7: {"disagreement": statement}}, {}, {"disagreement": 0.15}))
+    with probability 0.95: expected top-1 disagreement at most 0.15 (400 documents, mean 0.100, data 8e1c)
     """
 
     depth: int
     statements: Mapping[int, Mapping[LossMeasure, Guarantee]]
     required_units: Mapping[LossMeasure, int | None]
+    at_most: Mapping[LossMeasure, float] = field(default_factory=dict)
+    delta: float = 0.05
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON values, without the losses of each unit."""
+        statements = {
+            str(depth): {measure: statement.to_dict() for measure, statement in tested.items()}
+            for depth, tested in self.statements.items()
+        }
+        plain = {"at_most": dict(self.at_most), "required_units": dict(self.required_units), "delta": self.delta}
+        return {"depth": self.depth, "statement": str(self), "statements": statements, **plain}
+
+    def __str__(self) -> str:
+        tested = self.statements.get(self.depth, {})
+        losses = [f"expected {s.loss} at most {self.at_most[m]:g} ({s.sample})" for m, s in tested.items()]
+        if not losses:
+            return "no smaller depth is within the limits"
+        return f"with probability {1 - self.delta:.10g}: {' and '.join(losses)}"
 
 
 @validate_arguments(delta="(0, 1)", clip=0)
@@ -134,28 +169,118 @@ def choose_depth(
     >>> chosen.depth, sorted(chosen.statements)
     (4, [4, 7])
     """
+    full, *smaller = depths_of(model)
+    units = load_data_by_measure(model, data, at_most, tokenizer, settings, "choose_depth: data")
+    opened = {depth: partial(at_depth, model, depth) for depth in smaller}
+    return _test_in_order(copy.deepcopy(model), model, full, opened, units, at_most, delta, clip)
+
+
+def load_data_by_measure(
+    model: nn.Module,
+    data: Mapping[Any, Any],
+    at_most: Mapping[LossMeasure, float],
+    tokenizer: Any,
+    settings: TaskSettings | None = None,
+    argument: str = "compress: guarantee_data",
+) -> dict[LossMeasure, GuaranteeData]:
+    """Return the units of each measure; raise unless there are data for each measure and no other."""
     if not at_most or data.keys() != at_most.keys():
         raise StreamlineError(
-            f"choose_depth: data are given for {', '.join(data) or 'no measure'}, and at_most for "
-            f"{', '.join(at_most) or 'none'}. Expected the same measures, at least one. Pass data for each."
+            f"{argument} has {', '.join(data) or 'no measure'}, and at_most {', '.join(at_most) or 'none'}. Expected "
+            "the same measures, at least one. Pass a dict with documents or tasks for each."
         )
-    full, *smaller = depths_of(model)
-    original = copy.deepcopy(model)
+    return {measure: load_guarantee_data(model, data[measure], measure, tokenizer, settings) for measure in at_most}
+
+
+def _test_in_order(
+    original: nn.Module,
+    model: nn.Module,
+    full: int,
+    opened: Mapping[int, Callable[[], AbstractContextManager[Any]]],
+    units: Mapping[LossMeasure, GuaranteeData],
+    at_most: Mapping[LossMeasure, float],
+    delta: float,
+    clip: float = 1.0,
+) -> ChosenDepth:
+    """Bound the losses of one depth after another, until a bound is too large; `opened` gives the model its depth."""
     statements: dict[int, dict[LossMeasure, Guarantee]] = {}
     chosen = full
-    options: dict[str, Any] = {"delta": delta, "clip": clip, "tokenizer": tokenizer, "settings": settings}
-    for depth in smaller:
-        with at_depth(model, depth):
-            tested = {measure: guarantee(original, model, data[measure], measure, **options) for measure in at_most}
+    for depth, open_depth in opened.items():
+        with open_depth():
+            tested = {
+                measure: bound_losses(original, model, units[measure], measure, delta=delta, clip=clip)
+                for measure in at_most
+            }
         statements[depth] = tested
         failed = [measure for measure, statement in tested.items() if statement.bound > at_most[measure]]
         verdicts = ", ".join(f"{measure} {statement.bound:.3f}" for measure, statement in tested.items())
         logger.info(f"depth      {depth}: at most {verdicts}{': too much' if failed else ''}")
         if failed:
             required = {measure: tested[measure].required_units(at_most[measure]) for measure in failed}
-            return ChosenDepth(chosen, statements, required)
+            return ChosenDepth(chosen, statements, required, at_most, delta)
         chosen = depth
-    return ChosenDepth(chosen, statements, {})
+    return ChosenDepth(chosen, statements, {}, at_most, delta)
+
+
+def largest_bounded(
+    model: nn.Module,
+    original: nn.Module | None,
+    ready: Preparation,
+    best: VerifiedSelection,
+    units: Mapping[LossMeasure, GuaranteeData],
+) -> tuple[VerifiedSelection, ChosenDepth]:
+    """Return the largest window inside a verified one whose losses are at most ``ready.config.at_most``.
+
+    The windows have all, half, a quarter, ... of the blocks, except numbers that cannot be removed. Each is the best of
+    those inside the next larger one, by the verification text, and they are tested from the smallest to the largest.
+    `original` is a copy of the model by default.
+
+    Raises
+    ------
+    StreamlineError
+        If the losses of the smallest window exceed the limits.
+    """
+    blocks, limits = len(ready.stack), cast("Mapping[LossMeasure, float]", ready.config.at_most)
+    nested, count = [best], len(best.blocks) // 2
+    while count > ready.kind.slots:
+        outer = nested[-1].windows[0]
+        windows = [range(start, start + count) for start in range(outer.start, outer.stop - count + 1)]
+        try:
+            verified = _verified(ready, [Selection((window,)) for window in windows])
+            nested.append(first_applicable(model, verified, ready.stack.path))
+        except UnsupportedSurgery as error:
+            logger.info(f"skipped    windows of {count} blocks inside {outer.start}-{outer.stop - 1}: {error}")
+        count //= 2
+    by_depth = {blocks - len(s.blocks) + ready.kind.slots: s for s in reversed(nested)}
+    opened = {depth: partial(_applied, model, ready.stack.path, selection) for depth, selection in by_depth.items()}
+    original = copy.deepcopy(model) if original is None else original
+    chosen = _test_in_order(original, model, blocks, opened, units, limits, ready.config.delta)
+    if chosen.depth == blocks:
+        first = nested[-1]
+        ((_, tested),) = chosen.statements.items()
+        needed = ", ".join(_describe_required(*item) for item in chosen.required_units.items())
+        expected = ", ".join(f"{measure} {limit:g}" for measure, limit in limits.items())
+        raise StreamlineError(
+            f"compress: without {describe_blocks(first.windows[0])}, the smallest window, "
+            f"{'; '.join(map(str, tested.values()))}. Expected at most {expected}. {needed}. Increase at_most, use a "
+            "better replacement, or pass more units in guarantee_data; test again only on units that were not "
+            "measured yet. The model is not changed."
+        )
+    logger.info(f"bounded    {by_depth[chosen.depth]} is removed, {chosen}")
+    return by_depth[chosen.depth], chosen
+
+
+def _describe_required(measure: str, units: int | None) -> str:
+    if units is None:
+        return f"For {measure}, more than a million units would be needed, or none is enough"
+    return f"For {measure}, about {units:,} units would be enough"
+
+
+@contextmanager
+def _applied(model: nn.Module, stack: str, selection: VerifiedSelection) -> Iterator[None]:
+    with LayerSurgeon(model, stack) as surgeon:
+        apply_selection(surgeon, selection)
+        yield
 
 
 @validate_arguments()
@@ -259,6 +384,11 @@ def _check_config(config: CompressionConfig) -> None:
             f"fit_depths: the search {config.search.kind!r} was given. Expected one window of blocks for each depth. "
             "Use WindowSearch."
         )
+    if config.at_most is not None:
+        raise StreamlineError(
+            f"fit_depths: the config has at_most={dict(config.at_most)}. Expected none, because all depths are kept. "
+            "Leave it out, and call `choose_depth` afterwards."
+        )
     if config.distillation is not None:
         raise StreamlineError(
             "fit_depths: the config has a distillation. Expected closed-form replacements, because training with "
@@ -285,15 +415,7 @@ def _verified_windows(
     ranked = search.find(replace(at_length.problem(profile=profile), best=len(windows)))
     nested = [s for s in ranked if larger is None or any(s.blocks < outer.blocks for outer in larger)]
     chosen: dict[Any, Selection] = {s.windows: s for s in (*ranked[: search.shortlist], *nested[: search.shortlist])}
-    verified = verify_shortlist(
-        ModelSource(ready.stack.model, ready.stack),
-        list(chosen.values()),
-        ready.fit,
-        ready.held_out,
-        ready.verification,
-        replacement=ready.kind,
-        task=ready.task,
-    )
+    verified = _verified(ready, list(chosen.values()))
     usable = [s for s in verified if not s.refused and math.isfinite(s.distance)]
     for selection in usable:
         module = selection.repairs[0].replacement_module if selection.repairs else None
@@ -303,6 +425,11 @@ def _verified_windows(
                 "share. Expected a module in place of the window. Use for example LinearConfig."
             )
     return usable
+
+
+def _verified(ready: Preparation, selections: Sequence[Selection]) -> list[VerifiedSelection]:
+    source, batches = ModelSource(ready.stack.model, ready.stack), (ready.fit, ready.held_out, ready.verification)
+    return verify_shortlist(source, selections, *batches, replacement=ready.kind, task=ready.task)
 
 
 def _set_best_chain(

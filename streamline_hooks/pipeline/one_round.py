@@ -35,6 +35,7 @@ from streamline_hooks.distillation import Student, TrainingResult
 from streamline_hooks.evaluation import (
     CollapseCheck,
     GenerationComparison,
+    LossMeasure,
     Perplexity,
     TaskScores,
     perplexity,
@@ -54,6 +55,7 @@ from streamline_hooks.pipeline.apply import (
     training_file,
 )
 from streamline_hooks.pipeline.config import CompressionConfig, RunOptions
+from streamline_hooks.pipeline.depths import ChosenDepth, largest_bounded, load_data_by_measure
 from streamline_hooks.pipeline.prepare import Preparation, PreparedBatches, prepare_compression
 from streamline_hooks.pipeline.result import CompressionResult, format_candidates, trials_to_measure
 from streamline_hooks.pipeline.step_files import (
@@ -104,7 +106,7 @@ def compress_once(
     profile = run.profile()
     selections = run.search(profile)
     verified = run.fit_and_verify(selections)
-    best = run.choose(verified)
+    best = run.bound_losses(run.choose(verified))
     run.measure_candidates(best, selections[0], verified)
     run.train(best)
     run.observe_original(best)
@@ -161,6 +163,15 @@ class CompressionRun:
         self.student: Student | None = None
         self.trained: TrainingResult | None = None
         self.not_trained = ""
+        self.bounded: ChosenDepth | None = None
+        if config.at_most is not None:
+            limits = cast("Mapping[LossMeasure, float]", config.at_most)
+            if self.task != Task.of(self.model):
+                raise StreamlineError(
+                    f"compress: at_most was given with task={self.task}, but {type(self.model).__name__} is for "
+                    f"{Task.of(self.model)}, which the losses are measured for. Leave task or at_most out."
+                )
+            self.units = load_data_by_measure(self.model, options.guarantee_data, limits, tokenizer)
 
     @property
     def original(self) -> Any:
@@ -231,6 +242,14 @@ class CompressionRun:
             logger.info(line)
         return verified[chosen]
 
+    def bound_losses(self, best: VerifiedSelection) -> VerifiedSelection:
+        """Return the largest part of a selection whose losses are bounded as the config requires."""
+        if self.config.at_most is None:
+            return best
+        with self.clock("guarantee"):
+            bounded, self.bounded = largest_bounded(self.model, self.options.teacher, self.ready, best, self.units)
+        return bounded
+
     def measure_candidates(
         self, best: VerifiedSelection, first: Selection, verified: Sequence[VerifiedSelection]
     ) -> None:
@@ -240,6 +259,8 @@ class CompressionRun:
             for selection in verified
             if (selection.windows, selection.zeroed) == (first.windows, first.zeroed)
         )
+        if self.bounded is not None and len(first.blocks) != len(best.blocks):  # two lengths do not compare
+            first = best
         trained = self.config.distillation is not None or not self.in_memory
         trials, teacher = trials_to_measure(best, first, trained=trained), self.options.teacher
         with self.clock("measure"):
@@ -304,6 +325,9 @@ class CompressionRun:
                 self.record["repeated"] = config.data.repeated_context
             notes: dict[str, Any] = {} if self.trained is None else {"training": self.trained.report()}
             notes["repaired"] = describe_repair(best, config.repair, self.trained)
+            if self.bounded is not None:
+                reference = "the model before this change" if self.options.teacher is None else "the given teacher"
+                notes["guarantee"] = f"relative to {reference}, {self.bounded}"
             del ready, self.ready, self.source  # they hold the removed blocks
             # A block-by-block run verified the removal before.
             with LayerSurgeon(self.model, self.path, probe=self.in_memory) as surgeon:
@@ -364,6 +388,7 @@ class CompressionRun:
             samples=samples,
             speed=self.speed,
             target=target,
+            bounded=self.bounded,
             warnings=[*filter(None, [self.not_trained, *notices]), *degeneration],
         )
 

@@ -222,10 +222,10 @@ def fit_prompt_skip(
 
 
 def _check_config(config: CompressionConfig) -> None:
-    if config.healing is not None or config.rounds > 1 or config.train_until is not None:
+    if config.healing is not None or config.rounds > 1 or config.train_until is not None or config.at_most is not None:
         raise StreamlineError(
-            "fit_prompt_skip: the config has healing, several rounds or train_until. Expected none of them, because "
-            "no block is removed. Leave them out."
+            "fit_prompt_skip: the config has healing, several rounds, train_until or at_most. Expected none of them, "
+            "because no block is removed. Leave them out."
         )
     if config.distillation is not None and config.distillation.objective.needs_states:
         raise StreamlineError(

@@ -37,7 +37,15 @@ from streamline_hooks.statistics import Profile, check_profile, profile
 logger = get_logger(__name__)
 
 
-AFTER_RANKING = ("distillation", "evaluation", "hardware.autocast", "hardware.state_", "train_until")
+AFTER_RANKING = (
+    "distillation",
+    "evaluation",
+    "hardware.autocast",
+    "hardware.state_",
+    "train_until",
+    "at_most",
+    "delta",
+)
 """Prefixes of the fields of `CompressionConfig` whose values only steps after the ranking use."""
 
 

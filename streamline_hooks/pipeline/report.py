@@ -137,7 +137,10 @@ def sections(compression: Report, evaluation: Report, sweep: Report, command: st
     evaluation = _add_measurements(compression, evaluation)
     depth = [*_parts(plots.similarity(compression)), *_parts(plots.influence(compression))]
     contents = {
-        "choice": ("What was removed", [*_summary(compression), *depth, *_candidates(compression)]),
+        "choice": (
+            "What was removed",
+            [*_summary(compression), *_bounded(compression), *depth, *_candidates(compression)],
+        ),
         "warnings": ("Warnings", [{"text": str(text)} for text in compression.get("warnings") or ()]),
         "training": ("Training", _training(compression)),
         "scores": ("Scores", _scores(compression)),
@@ -421,6 +424,12 @@ def _sizes(compression: Report, evaluation: Report) -> dict[str, tuple[Any, Any]
     if sizes:
         return {name: (size.get("before"), size.get("after")) for name, size in sizes.items()}
     return {name: (original.get(name), evaluation[name]) for name in names if name in evaluation}
+
+
+def _bounded(compression: Report) -> list[Part]:
+    """Return the statement about losses that are bounded."""
+    statement = (compression.get("bounded") or {}).get("statement")
+    return [{"text": f"Bounded losses, {statement}."}] if statement else []
 
 
 def _target(compression: Report) -> list[Part]:

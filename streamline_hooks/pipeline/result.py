@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from streamline_hooks.pipeline.config import CompressionConfig
+    from streamline_hooks.pipeline.depths import ChosenDepth
 
 
 @dataclass
@@ -47,7 +48,8 @@ class CompressionResult:
     criterion, search : str
         Criterion and search that produced the shortlist.
     candidates : list of VerifiedSelection
-        The shortlist, starting with the chosen selection.
+        The shortlist, after the chosen selection. With `CompressionConfig.at_most` the chosen one is a part of a
+        selection of the shortlist.
     perplexities : dict of str to float
         Perplexity on the test text of the ``original``, and of the chosen selection ``removed`` (without replacement),
         ``repaired`` (as fitted) and ``trained``. If the search ranked another selection first, also its
@@ -79,6 +81,9 @@ class CompressionResult:
         of the last round.
     target : TargetOutcome or None
         Predicted and measured value of the target, or None if the target is a number or a fraction of the blocks.
+    bounded : ChosenDepth or None
+        The bounds on the losses of the compressed model and of the models with fewer removed blocks, or None without
+        `CompressionConfig.at_most`.
     warnings : list of str
         Degenerate generation (`CollapseCheck`), training without effect (`TrainingResult.warning`) or without time, and
         a target that was predicted wrongly (`TargetOutcome.warning`).
@@ -119,6 +124,7 @@ class CompressionResult:
     speed: SpeedReport | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     target: TargetOutcome | None = None
+    bounded: ChosenDepth | None = None
     warnings: list[str] = field(default_factory=list)
     folder: Path | None = field(default=None)
 
@@ -186,6 +192,7 @@ class CompressionResult:
             "speed": None if self.speed is None else self.speed.to_dict(),
             "rounds": self.rounds,
             "target": None if self.target is None else self.target.to_dict(),
+            "bounded": None if self.bounded is None else self.bounded.to_dict(),
             "warnings": self.warnings,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory,
@@ -219,6 +226,7 @@ class CompressionResult:
             ("parameters", _before_after(self.parameters, "")),
             ("bytes", _before_after(self.size_in_bytes, "B")),
             *([] if self.target is None else [("target", str(self.target))]),
+            *([] if self.bounded is None else [("guarantee", str(self.bounded))]),
         ]
         for name, label in STAGE_LABELS.items():
             if name in self.perplexities:

@@ -180,7 +180,8 @@ def estimate_from_shape(
 ) -> ShapeEstimate:
     """Estimate the cost of compressing a model in memory from its shape and the rates of a device.
 
-    The estimate does not include the generation and the measurement of speed of `EvaluationConfig`.
+    The estimate does not include the generation and the measurement of speed of `EvaluationConfig`, and the bounds of
+    ``at_most``.
 
     Parameters
     ----------

@@ -297,6 +297,11 @@ def sweep(
             "remove=[0.25] and repair=[LinearConfig()], for example."
         )
     common = replace(config or CompressionConfig(), evaluation=EvaluationConfig(speed=False, generation=False))
+    if common.at_most is not None:
+        raise StreamlineError(
+            f"sweep: the config has at_most={dict(common.at_most)}. Expected none, because every depth is a row. Leave "
+            "it out, and compress with at_most."
+        )
     configs = [replace(common, remove=target, repair=replacement) for target in remove for replacement in repair]
     parts = parts_of(data)
     if isinstance(parts, Mapping) and not are_batches(parts):

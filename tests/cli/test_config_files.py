@@ -70,6 +70,8 @@ CHANGES: dict[str, Any] = {
     "hardware.state_dtype": "bfloat16",
     "rounds": 2,
     "train_until": 600.0,
+    "at_most": {"kl": 0.5},
+    "delta": 0.1,
     "seed": 7,
     "task": Task("embedding"),
     "stack": "model.other",
@@ -87,7 +89,9 @@ TRAINS = (
 AFTER_RANKING = {
     path: "a step after the ranking"
     for path in CHANGES
-    if path.startswith(("distillation", "evaluation", "hardware.state", "hardware.autocast", "train_until"))
+    if path.startswith(
+        ("distillation", "evaluation", "hardware.state", "hardware.autocast", "train_until", "at_most", "delta")
+    )
 }
 NO_RANKING = {"repair.seed": "the weights of replacements are made after the ranking"}
 NO_COST = {
@@ -96,7 +100,9 @@ NO_COST = {
     "search.protect": "a window of the same length",
     "data.repeated_context": "as many tokens",
     **dict.fromkeys(("seed", "repair.seed", "distillation.seed"), "seeds are free"),
-    **dict.fromkeys(("evaluation.speed", "evaluation.generation"), "not part of the estimate, as documented"),
+    **dict.fromkeys(
+        ("evaluation.speed", "evaluation.generation", "at_most", "delta"), "not part of the estimate, as documented"
+    ),
     **{
         path: "sets a number of the optimiser, or when a training run stops early or is saved"
         for path in CHANGES
@@ -115,6 +121,8 @@ def changed(path: str) -> tuple[CompressionConfig, CompressionConfig]:
     base = BASE
     if path.startswith(TRAINS):
         base = base.updated({"distillation": DistillationConfig({"kl": 1.0})})
+    if path == "delta":
+        base = base.updated({"at_most": CHANGES["at_most"]})
     return base, base.updated({path: CHANGES[path]})
 
 
@@ -217,7 +225,7 @@ def test_every_field_changes_the_ranking_or_is_named(ranked: Any) -> None:
 
 @pytest.mark.parametrize("command", ["compress", "plan", "sweep"])
 def test_every_field_reaches_the_job(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reached: list[CompressionConfig] = []
 
@@ -233,6 +241,8 @@ def test_every_field_reaches_the_job(
         given = [command, "model", "--config", tmp_path / "config.yaml"]
         if command != "plan":
             given += ["-o", tmp_path / "out"]
+        if command == "compress" and path in ("at_most", "delta"):
+            given += ["--guarantee-text", text]
         with pytest.raises(Reached):
             run(given, monkeypatch, capsys)
         assert reached[-1] == config.updated({"task": config.task or Task("causal-lm")}), path

@@ -45,6 +45,8 @@ NO_CONFIG_FIELD = {
     "--validation-examples": "how many images are read",
     "--test-examples": "how many images are read",
     "--profile": "a file that is read",
+    "--guarantee-text": "RunOptions.guarantee_data",
+    "--guarantee-tasks": "RunOptions.guarantee_data",
     "--budget": "becomes a config by planning",
     "--memory": "whether the model is loaded whole",
     "--resume": "RunOptions.resume",

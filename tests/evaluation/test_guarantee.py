@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.evaluation import (
+    Guarantee,
     TaskSettings,
     agreement,
     guarantee,
@@ -113,6 +114,34 @@ def test_the_divergence_is_that_of_agreement_unless_it_is_clipped() -> None:
     assert clipped.mean < statement.mean and clipped.mean <= clipped.bound <= 0.01 + 1e-9
 
 
+def test_a_text_that_occurs_twice_is_found_among_rows_of_other_lengths(stories: tuple[Any, Any]) -> None:
+    model, tokenizer = stories
+    texts = [f"There were {number} birds in the garden." for number in range(8)]
+    texts += ["The birds sang for a long time, and nobody in the house counted them.", texts[0]]
+    with pytest.raises(StreamlineError, match="1 of 10 documents occur twice"):
+        guarantee(model, copy.deepcopy(model), texts, tokenizer=tokenizer)
+    statement = guarantee(model, copy.deepcopy(model), texts[:-1], tokenizer=tokenizer)
+    rows = [torch.tensor([tokenizer(text).input_ids]) for text in texts[:-1]]
+    assert guarantee(model, copy.deepcopy(model), rows).fingerprint == statement.fingerprint
+    with pytest.raises(StreamlineError, match="document 9 has no token"):
+        guarantee(model, copy.deepcopy(model), [*texts[:-1], ""], tokenizer=NoSpecialTokens(tokenizer))
+
+
+class NoSpecialTokens:
+    """A tokenizer that adds no special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> Any:
+        return self.tokenizer(text, add_special_tokens=False)
+
+
+def test_a_bound_is_rounded_up() -> None:
+    statement = Guarantee("kl", bound=0.12041, mean=0.1, units=9, delta=1e-4, fingerprint="8e1c", limits=(0.0, 2.0))
+    assert "clipped at 2 nats, at most 0.121 with probability 0.9999 (9 documents" in str(statement)
+
+
 def test_an_equal_model_has_no_loss() -> None:
     original, _ = pair()
     statement = guarantee(original, copy.deepcopy(original), [tokens(50, 5)])
@@ -142,7 +171,7 @@ def test_the_drop_in_accuracy_is_that_of_the_scores_by_question(stories: tuple[A
 
 REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "copies": ([tokens(2, 5), tokens(2, 5)], {}, "2 of 4 documents occur twice"),
-    "tasks": (["arc_easy"], {}, "no batches.*accuracy_drop"),
+    "tasks": (["arc_easy"], {}, "1 documents .*without a tokenizer.*accuracy_drop"),
     "no tokenizer": (["arc_easy"], {"measure": "accuracy_drop"}, "a tokenizer or the tasks are missing"),
     "delta": ([tokens(2, 5)], {"delta": 0.0}, "delta=0.0"),
 }

@@ -72,14 +72,14 @@ def test_the_chosen_depth_violates_its_limit_at_most_as_often_as_stated(
     expectations, delta, runs = {7: 0.02, 6: 0.035, 4: 0.065}, 0.1, 150
     random = np.random.default_rng(0)
 
-    def measured(original: nn.Module, changed: nn.Module, data: Any, measure: Any, **options: Any) -> Guarantee:
+    def measured(original: nn.Module, changed: nn.Module, units: Any, measure: Any, **options: Any) -> Guarantee:
         losses = (random.random(400) < expectations[len(find_stack(changed))]).astype(float)
         return Guarantee(
             measure, mean_upper_bound(losses.tolist(), delta), losses.mean(), 400, delta, "", tuple(losses)
         )
 
-    monkeypatch.setattr("streamline_hooks.pipeline.depths.guarantee", measured)
-    chosen = [choose_depth(model, {"kl": []}, {"kl": limit}, delta=delta).depth for _ in range(runs)]
+    monkeypatch.setattr("streamline_hooks.pipeline.depths.bound_losses", measured)
+    chosen = [choose_depth(model, {"kl": documents(1)}, {"kl": limit}, delta=delta).depth for _ in range(runs)]
     violations = np.mean([expectations.get(depth, 0.0) > limit for depth in chosen])
     assert violations <= delta + 3 * (delta * (1 - delta) / runs) ** 0.5
     assert len(set(chosen)) > 1

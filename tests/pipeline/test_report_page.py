@@ -200,6 +200,15 @@ def test_a_target_has_what_was_predicted_and_measured(
     assert "Target" not in read(tmp_path, compression=report).tables
 
 
+def test_a_bound_on_the_losses_is_stated_where_there_is_one(tmp_path: Path) -> None:
+    report = example.compression(8, ((2, 4),))
+    assert (
+        "Bounded losses, with probability 0.95: expected top-1 disagreement" in read(tmp_path, compression=report).text
+    )
+    report["bounded"] = None
+    assert "Bounded losses" not in read(tmp_path, compression=report).text
+
+
 def test_what_the_compression_measured_beside_it_is_told_unless_there_is_an_evaluation_of_it(tmp_path: Path) -> None:
     said = full()
     said["compression"]["speed"] = said["evaluation"].pop("speed")
