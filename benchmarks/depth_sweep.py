@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.prompt_skip import TOKENS, Tasks
+from benchmarks.prompt_skip import TOKENS
 from benchmarks.quality_scores import write
 from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments, split_of
+from benchmarks.scored_tasks import ScoredTasks, share_right
 from benchmarks.timing import machine
 from streamline_hooks import CompressionConfig, Target, compress
 from streamline_hooks.checkpoint import load_pretrained
@@ -55,7 +56,7 @@ def main() -> None:
     original, tokenizer = load_pretrained("smollm2")
     split = split_of(options.data, tokenizer, **TOKENS)
     batches = split_into_batches(split.test, BATCH)
-    measure = Measure(original, batches, Tasks(options.data, tokenizer, options.items, "development"))
+    measure = Measure(original, batches, ScoredTasks(options.data, tokenizer, options.items, "development"))
     for removed in map(int, options.removed.split(",")):
         shortened = None
         for skipped in map(int, options.skipped.split(",")):
@@ -110,7 +111,7 @@ WEIGHTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 class Measure:
     """The original, and the text and problems on which variants are compared with it."""
 
-    def __init__(self, original: Any, batches: Any, tasks: Tasks) -> None:
+    def __init__(self, original: Any, batches: Any, tasks: ScoredTasks) -> None:
         self.original, self.batches, self.tasks = original, batches, tasks
         self.accuracy = _accuracy(tasks.score(original))
 
@@ -178,7 +179,7 @@ def saved_bytes(module: nn.Module) -> int:
 
 def _accuracy(bits: dict[str, str]) -> float:
     """Return the mean accuracy of the tasks."""
-    return statistics.mean(row.count("1") / len(row) for row in bits.values())
+    return statistics.mean(map(share_right, bits.values()))
 
 
 def is_on_front(row: dict[str, Any], rows: list[dict[str, Any]], costs: Sequence[str] = COSTS) -> bool:
@@ -230,7 +231,7 @@ def table(rows: dict[str, Any]) -> str:
         "| removed | skipped | weights | MB | prompt time | token time | KL text | KL repeated | accuracy |",
         f"|{'---|' * 9}",
     ]
-    for row in rows.values():
+    for row in sorted(rows.values(), key=lambda row: (row["removed"], row["skipped"])):
         star = " *" if is_on_front(row, list(rows.values())) else ""
         cells = [row["removed"], row["skipped"], row["weights"], f"{row['bytes'] / 1e6:.0f}"]
         cells += [f"{row['prefill']:.2f}", f"{row['decode']:.2f}"]

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,32 +29,20 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generation_scores import AT_ONCE, bits
-from benchmarks.heldout_pieces import last_words
-from benchmarks.multiple_choice import TASKS, task_of
-from benchmarks.probe_difficulty import chosen
-from benchmarks.quality_scores import CHOICES_AT_ONCE, write
+from benchmarks.quality_scores import write
 from benchmarks.real_text import BATCH, RESULTS, arguments, split_of
-from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, problems_of
+from benchmarks.scored_tasks import SEEDS, ScoredTasks, share_right
+from benchmarks.short_answers import SHOTS
 from benchmarks.timing import machine
 from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, LayerSurgeon, Target, compress
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.core import split_into_batches
-from streamline_hooks.evaluation import (
-    ANSWER_STOP,
-    TaskSettings,
-    TextGenerationConfig,
-    generate_texts,
-    load_tasks,
-    solve_problems,
-)
 from streamline_hooks.pipeline import EvaluationConfig, FittedPromptSkip, fit_prompt_skip
 from streamline_hooks.repair import LinearConfig, fit_windows, insert_replacement
 from streamline_hooks.surgery import LAST_TOKENS
 
 FILE = RESULTS / "prompt_skip.json"
 TOKENS = {"calibration_tokens": 32_768, "validation_tokens": 4_096, "test_tokens": 4_096}
-SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
 QUESTIONS = ("arc_easy", "copa", "piqa")
 UNMEASURED = EvaluationConfig(speed=False, generation=False)
 VARIANTS = {
@@ -121,10 +108,10 @@ def main() -> None:
         config = config.updated({"data.fitting_tokens": fitting})
         return changed, list(compress(changed, more, config, tokenizer=tokenizer).plan.removed)
 
-    def score_original(tasks: Tasks) -> dict[str, Any]:
+    def score_original(tasks: ScoredTasks) -> dict[str, Any]:
         return {"tasks": tasks.score(model), "prompt_tokens": tasks.prompt_tokens()}
 
-    def measure(tasks: Tasks, variant: str, window: range) -> dict[str, Any]:
+    def measure(tasks: ScoredTasks, variant: str, window: range) -> dict[str, Any]:
         if variant in SKIPPING:
             done = {"trained": trained, "fitted": fitted, "skipped": without_maps}[variant](window)
             with done.open(model):
@@ -137,7 +124,7 @@ def main() -> None:
             return {"tasks": tasks.score(changed)}
 
     for draw in options.draw.split(","):
-        tasks = Tasks(options.data, tokenizer, options.items, draw, options.shots)
+        tasks = ScoredTasks(options.data, tokenizer, options.items, draw, options.shots, QUESTIONS)
 
         def add(name: str, measured: Callable[[], dict[str, Any]], draw: str = draw) -> None:
             shots = "" if options.shots == SHOTS else f" with {options.shots} examples"
@@ -161,53 +148,6 @@ def main() -> None:
                     partial(measure, tasks, variant, range(first, last + 1)),
                 )
     print(table(content["rows"]))
-
-
-class Tasks:
-    """Problems and passages of one draw."""
-
-    def __init__(self, data: Any, tokenizer: Any, items: int, draw: str, shots: int = SHOTS) -> None:
-        self.tokenizer = tokenizer
-        self.problems = problems_of(items, SEEDS[draw], chosen(), shots)
-        self.ends: list[Any] = []
-        self.questions: dict[str, Any] = {}
-        if draw != "development" and shots == SHOTS:
-            self.ends = last_words(data, tokenizer, items, SEEDS[draw])
-            for name in QUESTIONS:
-                settings = TaskSettings(metric=TASKS[name].metric, batch_size=CHOICES_AT_ONCE)
-                self.questions |= load_tasks([task_of(name, data / "bench", items, SEEDS[draw])], settings)
-
-    def prompt_tokens(self) -> dict[str, float]:
-        """Return the mean number of tokens of the prompts of each task that generates an answer."""
-        texts = {kind: [problem.prompt for problem in problems] for kind, problems in self.problems.items()}
-        texts |= {"last word": [end.context.rstrip() for end in self.ends]} if self.ends else {}
-        return {kind: statistics.fmean(len(self.tokenizer(text).input_ids) for text in texts[kind]) for kind in texts}
-
-    def score(self, model: Any) -> dict[str, str]:
-        """Return for each task which items are right, as bits."""
-        results = {}
-        with fast_products(model):
-            for kind, problems in self.problems.items():
-                config = TextGenerationConfig(
-                    new_tokens=answer_tokens(self.tokenizer, problems), stop=ANSWER_STOP, batch_size=AT_ONCE["probes"]
-                )
-                results[kind] = bits(solve_problems(model, self.tokenizer, problems, config, desc=kind).correct)
-        if self.ends:
-            results["last word"] = self.last_words(model)
-        for name, task in self.questions.items():
-            results[name] = bits([score == 1 for score in task.run(model, self.tokenizer).scores])
-        return results
-
-    def last_words(self, model: Any) -> str:
-        """Return in which passages the next word is the right one, as bits."""
-        config = TextGenerationConfig(new_tokens=8, batch_size=AT_ONCE["probes"])
-        contexts = [end.context.rstrip() for end in self.ends]  # the space belongs to the tokens of the word
-        with fast_products(model):
-            texts = generate_texts(model, self.tokenizer, contexts, config, desc="last words")
-        words = [re.match(r"\s*([A-Za-z]*)", text.text) for (text,) in texts]
-        return bits(
-            [m is not None and m[1] == end.continuation.strip() for m, end in zip(words, self.ends, strict=True)]
-        )
 
 
 @contextmanager
@@ -241,7 +181,7 @@ def _section(rows: list[dict[str, Any]], items: int, shots: int) -> list[str]:
     """Return the lines of the rows of one or several draws with the same number of items."""
     originals = {row["draw"]: row["tasks"] for row in rows if row["name"] == "original"}
     kinds = list(next(iter(originals.values())))
-    accuracy = {kind: statistics.fmean(_share(tasks[kind]) for tasks in originals.values()) for kind in kinds}
+    accuracy = {kind: statistics.fmean(share_right(tasks[kind]) for tasks in originals.values()) for kind in kinds}
     lengths = [row["prompt_tokens"] for row in rows if "prompt_tokens" in row]
     tokens = {kind: statistics.fmean(row[kind] for row in lengths) for kind in (lengths[0] if lengths else ())}
     draws = f"Draw{'s' if len(originals) > 1 else ''} {', '.join(originals)}"
@@ -290,9 +230,9 @@ def _retained(rows: Sequence[dict[str, Any]], originals: Mapping[str, dict[str, 
     """
     kept = {}
     for kind in rows[0]["tasks"]:
-        before = sum(_share(originals[row["draw"]][kind]) for row in rows)
+        before = sum(share_right(originals[row["draw"]][kind]) for row in rows)
         if before:
-            kept[kind] = sum(_share(row["tasks"][kind]) for row in rows) / before
+            kept[kind] = sum(share_right(row["tasks"][kind]) for row in rows) / before
     return kept
 
 
@@ -300,10 +240,6 @@ def _mean(kept: Mapping[str, float], chooses: bool) -> float | None:
     """Return the mean over the tasks that are questions, or over the others."""
     values = [value for kind, value in kept.items() if (kind in QUESTIONS) == chooses]
     return statistics.fmean(values) if values else None
-
-
-def _share(row: str) -> float:
-    return row.count("1") / len(row)
 
 
 if __name__ == "__main__":

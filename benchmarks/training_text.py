@@ -36,8 +36,10 @@ class TrainingText:
     shares: dict[str, int]
 
 
-def training_text(data: Path, tokenizer: Any, tokens: int, seed: int = 0) -> TrainingText:
-    """Return training text with equal numbers of tokens of each domain in ``text/train``.
+def training_text(
+    data: Path, tokenizer: Any, tokens: int, seed: int = 0, *, left_out: str = "", only: str = ""
+) -> TrainingText:
+    """Return training text with equal numbers of tokens of each domain in ``text/train``, or of all but one, or of one.
 
     The ``<unk>`` of the tokenized WikiText are deleted. Documents that share a paragraph with the held-out text are
     left out (four of 2,230).
@@ -45,7 +47,9 @@ def training_text(data: Path, tokenizer: Any, tokens: int, seed: int = 0) -> Tra
     scored = {
         paragraph for path in sorted(_texts(data, "heldout")) for paragraph in paragraphs(path.read_text("utf-8"))
     }
-    paths = sorted(_texts(data, "train"))
+    paths = sorted(path for path in _texts(data, "train") if path.stem != left_out and only in ("", path.stem))
+    if not paths:
+        raise SystemExit(f"{data / 'text' / 'train'} has no domain {only!r}. Expected the name of a file without .txt.")
     wanted = tokens // SEQUENCE
     counts = [wanted // len(paths) + (k < wanted % len(paths)) for k in range(len(paths))]
     rows_by_domain = {}

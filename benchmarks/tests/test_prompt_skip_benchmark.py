@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import depth_sweep, prompt_skip, prompt_skip_cost
+from benchmarks import depth_sweep, prompt_skip, prompt_skip_cost, scored_tasks
 from benchmarks.last_words import LastWord
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks.data import split_documents
@@ -42,10 +42,10 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
         monkeypatch.setattr(module, "split_of", lambda *args, **options: split)
         monkeypatch.setattr(module, "FILE", tmp_path / f"{module.__name__}.json")
     monkeypatch.setattr(depth_sweep, "PICTURE", tmp_path / "depth_sweep.svg")
-    monkeypatch.setattr(prompt_skip, "problems_of", lambda *args: PROBLEMS)
-    monkeypatch.setattr(prompt_skip, "last_words", lambda *args: ENDS)
+    monkeypatch.setattr(scored_tasks, "problems_of", lambda *args: PROBLEMS)
+    monkeypatch.setattr(scored_tasks, "last_words", lambda *args: ENDS)
     monkeypatch.setattr(prompt_skip, "QUESTIONS", ("copa",))
-    monkeypatch.setattr(prompt_skip, "task_of", lambda *args: QUESTIONS)
+    monkeypatch.setattr(scored_tasks, "task_of", lambda *args: QUESTIONS)
     return small
 
 
@@ -93,7 +93,7 @@ def test_a_model_is_trained_once_for_all_draws(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("model")
 def test_choices_are_made_without_heldout_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_skip, "last_words", None)
+    monkeypatch.setattr(scored_tasks, "last_words", None)
     rows = run(monkeypatch, "--draw", "development", "--variants", "fitted")
     assert [set(row["tasks"]) for row in rows.values()] == [{"copying"}, {"copying"}]
     more = run(monkeypatch, "--draw", "1", "--variants", "fitted", "--shots", "9")
@@ -112,10 +112,10 @@ def test_the_last_word_may_be_followed_by_a_full_stop(text: str, right: str, mon
         prompts.extend(contexts)
         return [(GeneratedText(context, text, (), ended=False),) for context in contexts]
 
-    monkeypatch.setattr(prompt_skip, "generate_texts", generate)
+    monkeypatch.setattr(scored_tasks, "generate_texts", generate)
     small, tokenizer = prompt_skip.load_pretrained("smollm2")
-    tasks = prompt_skip.Tasks(Path("."), tokenizer, 2, "0")
-    assert tasks.last_words(small) == right * 2
+    tasks = scored_tasks.ScoredTasks(Path("."), tokenizer, 2, "0")
+    assert tasks.score_last_words(small) == right * 2
     assert prompts == ["the cat sleeps under a green"] * 2  # the space belongs to the tokens of the word
 
 
@@ -124,7 +124,7 @@ def test_the_sweep_combines_removal_skipping_and_quantization(
 ) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setattr(depth_sweep, "NEW_TOKENS", 3)
-    monkeypatch.setattr(depth_sweep.Tasks, "score", lambda tasks, model: {"copying": "11"})
+    monkeypatch.setattr(depth_sweep.ScoredTasks, "score", lambda tasks, model: {"copying": "11"})
     words = ["--data", ".", "--removed", "0,1", "--skipped", "0,2", "--items", "2", "--rounds", "1"]
     monkeypatch.setattr("sys.argv", ["depth_sweep", *words])
     depth_sweep.main()

@@ -1,0 +1,428 @@
+"""Measure on one scale what repairs retain of SmolLM2-135M-Instruct or another model.
+
+    python -m benchmarks.retained_quality [--data FOLDER] [--model MODEL] [--recipes best,block,...] [--removed 8]
+        [--tokens 200704] [--seeds 0,1,2] [--final]
+
+A recipe is a setting of the preset `best`. It trains for one epoch on equal parts of all training domains but one,
+which the seed determines (`LEFT_OUT`), so that each row has scores on known and on unknown text. The blocks are chosen
+on the same text by a verified shortlist. For the choice between recipes, a row has the KL divergence from the original
+on validation documents and on documents of the left-out domain, both from the training text, and synthetic problems of
+the development draw. With ``--final`` it also has the KL divergence and perplexity on the held-out text of each domain,
+and problems, last words and multiple-choice questions of another draw, from which no choice may be made. The recipe
+`control` trains the blocks from the cut on in the original without removing any.
+
+Minutes are CPU time on one thread. Each row is saved to ``benchmarks/results/retained_quality.json`` (of another model:
+``retained_quality_NAME``) when it is finished, and the table to the same name with ``.md``. Interrupted training runs
+are resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from benchmarks.generation_numbers import mean_of
+from benchmarks.quality_scores import CLEARLY, write
+from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments, heldout
+from benchmarks.scored_tasks import LAST_WORD, ScoredTasks
+from benchmarks.short_answers import fast_products, products, sets_of
+from benchmarks.timing import machine
+from benchmarks.training_text import TrainingText, training_text
+from streamline_hooks import (
+    CompressionConfig,
+    DistillationConfig,
+    HealingConfig,
+    fit_windows,
+    profile,
+    train,
+    verify_shortlist,
+)
+from streamline_hooks.checkpoint import load_pretrained
+from streamline_hooks.core import HardwareConfig, split_into_batches
+from streamline_hooks.data import TokenSplit, with_repeated_passages
+from streamline_hooks.distillation import Student, student_of
+from streamline_hooks.evaluation import (
+    Agreement,
+    Estimate,
+    PairedScores,
+    Perplexity,
+    compare_logits,
+    perplexity,
+    relative_accuracy,
+    run_paired,
+    score_tokens,
+)
+from streamline_hooks.modeling import Task, find_stack
+from streamline_hooks.pipeline import split_held_out
+from streamline_hooks.repair import BlockConfig, FoldedConfig, LinearConfig, ReplacementConfig, SilencedConfig
+from streamline_hooks.selection import WindowSearch, windows_of_size
+
+FILE = RESULTS / "retained_quality.json"
+LEFT_OUT = ("peps", "fiction_austen_doyle", "blog_18f")  # by seed
+QUESTIONS = ("arc_easy", "commonsense_qa", "copa", "hellaswag", "piqa", "winograd_wsc", "blimp")
+DEVELOPMENT, FINAL = "development", "0"  # draws
+DEVELOPMENT_ITEMS, FINAL_ITEMS = 60, 300
+HELDOUT_SEQUENCES, UNSEEN_SEQUENCES = 6, 16
+CHOOSING, SHORTLIST = 40_960, 8  # tokens and windows for the choice of the blocks
+STARTING = 0.2  # fraction of the text for the initial fit
+HARDWARE = HardwareConfig(autocast="bfloat16" if products() == "bfloat16" else None, state_memory=2**33)
+BEST = CompressionConfig.preset("best")
+SETTINGS = replace(BEST.distillation or DistillationConfig(), validations=4)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A repair: its replacement, distillation and healing, those of the preset `best` by default."""
+
+    repair: ReplacementConfig = BEST.repair
+    distillation: DistillationConfig | None = SETTINGS
+    healing: HealingConfig | None = BEST.healing
+    removes: bool = True
+
+
+RECIPES: dict[str, Recipe] = {
+    "control": Recipe(removes=False),
+    "best": Recipe(),
+    "block": Recipe(BlockConfig()),
+    "silenced": Recipe(SilencedConfig()),
+    "folded": Recipe(FoldedConfig()),
+    "linear": Recipe(LinearConfig()),
+    "closed form": Recipe(LinearConfig(), None, None),
+    "KL alone": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0})),
+    "KL alone, without healing": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0}), healing=None),
+    "without healing": Recipe(healing=None),
+    "all blocks healed": Recipe(healing=replace(BEST.healing or HealingConfig(), where="all")),
+    "all blocks healed by LoRA": Recipe(healing=HealingConfig("lora", learning_rate_ratio=0.2)),
+    "lower learning rate": Recipe(distillation=replace(SETTINGS, learning_rate=5e-4)),
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default="smollm2", help="another model: a folder or a GGUF file")
+    parser.add_argument("--recipes", default="best,block,silenced,folded,control", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--removed", default="8", help="numbers of removed blocks")
+    parser.add_argument("--tokens", default="200704", help="numbers of training tokens")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--final", action="store_true", help="score the rows on held-out text and questions too")
+    options = parser.parse_args()
+    if unknown := set(options.recipes.split(",")) - RECIPES.keys():
+        parser.error(f"unknown recipes: {', '.join(sorted(unknown))}; expected one or more of {', '.join(RECIPES)}")
+    bench = Bench(options)
+    for removed, tokens, seed, name in (
+        (removed, tokens, seed, name)
+        for removed in map(int, options.removed.split(","))
+        for tokens in map(int, options.tokens.split(","))
+        for seed in map(int, options.seeds.split(","))
+        for name in options.recipes.split(",")
+    ):
+        bench.row(Run(name, removed, tokens, seed), options.final)
+    print(table(bench.content))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Identity of a row."""
+
+    recipe: str
+    removed: int
+    tokens: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.recipe} | {self.removed} | {self.tokens} | {self.seed}"
+
+    @property
+    def left_out(self) -> str:
+        """The domain that the training text does not have."""
+        return LEFT_OUT[self.seed % len(LEFT_OUT)]
+
+
+class Bench:
+    """The original, a model to change, and the finished rows."""
+
+    def __init__(self, options: Any) -> None:
+        self.data = options.data
+        is_default = options.model == "smollm2"
+        self.file = FILE if is_default else FILE.with_name(f"{FILE.stem}_{Path(options.model).stem}.json")
+        self.original, self.tokenizer = load_pretrained(options.model)
+        self.model = load_pretrained(options.model)[0]
+        self.stack = find_stack(self.model)
+        empty: dict[str, Any] = {"blocks": {}, "originals": {}, "rows": {}}
+        self.content = json.loads(self.file.read_text()) if self.file.exists() else empty
+        self.content |= {"machine": machine(), "model": Path(options.model).stem, "length": len(self.stack)}
+        self.tasks: dict[str, ScoredTasks] = {}
+
+    def save(self) -> None:
+        write(self.file, self.content)
+        if self.content["rows"]:
+            self.file.with_suffix(".md").write_text(table(self.content))
+
+    def row(self, run: Run, final: bool) -> None:
+        """Make a row, unless it is finished."""
+        row = self.content["rows"].get(run.key)
+        if row is None or (final and "final" not in row):
+            self.content["rows"][run.key] = self.make(run, final)
+            self.save()
+            self.training_file(run).unlink(missing_ok=True)
+
+    def make(self, run: Run, final: bool) -> dict[str, Any]:
+        """Repair the model and score it."""
+        recipe = RECIPES[run.recipe]
+        text = training_text(self.data, self.tokenizer, max(run.tokens, 20 * SEQUENCE), run.seed, left_out=run.left_out)
+        text = replace(text, train=text.train[: run.tokens // SEQUENCE])
+        window = self.window(run, text)
+        began, is_resumed = time.process_time(), self.training_file(run).exists()
+        student = self.student(recipe, run, window, text)
+        report = None
+        if recipe.distillation is not None:
+            trained = train(
+                student,
+                split_into_batches(text.train, 1),
+                split_into_batches(text.validation, 2),
+                recipe.distillation.seeded(run.seed),
+                hardware=HARDWARE,
+                checkpoint_file=self.training_file(run),
+                resume=is_resumed,
+            )
+            if trained.stopped:
+                raise SystemExit(f"{run.key}: training stopped early: {trained.stopped}. Run the command to resume.")
+            report = trained.report()
+        student.merge()
+        student.training = False
+        minutes = None if is_resumed else (time.process_time() - began) / 60
+        with student.applied():
+            row = {
+                "recipe": run.recipe,
+                "removed": run.removed if recipe.removes else 0,
+                "tokens": run.tokens,
+                "seed": run.seed,
+                "left_out": run.left_out,
+                "window": [window.start, window.stop],
+                "training": report,
+                "minutes": minutes,
+                "products": products(),
+                "development": self.score_development(self.model, run, text),
+            }
+            return row | ({"final": self.score_final(self.model)} if final else {})
+
+    def window(self, run: Run, text: TrainingText) -> range:
+        """Return the window to remove, chosen once for each seed, number of blocks and text."""
+        size = run.removed + RECIPES[run.recipe].repair.slots
+        key = f"{size} blocks, {run.tokens} tokens, seed {run.seed}"
+        if key not in self.content["blocks"]:
+            chosen = choose_window(self.model, text, size)
+            self.content["blocks"][key] = [chosen.start, chosen.stop]
+            self.save()
+        return range(*self.content["blocks"][key])
+
+    def student(self, recipe: Recipe, run: Run, window: range, text: TrainingText) -> Student:
+        """Return the student before training; for the control, the original with the same trained blocks."""
+        if not recipe.removes:
+            assert recipe.healing is not None
+            healing = replace(recipe.healing, where="last", count=len(self.stack) - window.start)
+            return student_of(self.stack, [], healing, seed=run.seed)
+        share = 1.0 if recipe.distillation is None else STARTING
+        rows = text.train[: max(16, round(share * len(text.train)))]
+        fit, held_out = (split_into_batches(part, 4) for part in split_held_out(rows))
+        with fast_products(self.model):
+            (repair,) = fit_windows(self.model, [window], recipe.repair, fit, held_out)
+        return student_of(self.stack, [(window, repair.replacement_module)], recipe.healing, seed=run.seed)
+
+    def score_development(self, model: nn.Module, run: Run, text: TrainingText) -> dict[str, Any]:
+        """Score a model on what may be used for choices."""
+        unseen = training_text(self.data, self.tokenizer, UNSEEN_SEQUENCES * SEQUENCE, only=run.left_out).train
+        kl = {
+            name: agreement(model, self.original, split_into_batches(rows, 4))[0].kl
+            for name, rows in (("seen", text.validation), ("unseen", unseen))
+        }
+        tasks = self.tasks_of(DEVELOPMENT, DEVELOPMENT_ITEMS)
+        return {"kl": kl, "right": tasks.score(model), "chance": tasks.chance, "original": self.answers_of(tasks)}
+
+    def score_final(self, model: nn.Module) -> dict[str, Any]:
+        """Score a model on held-out text and on the questions of another draw."""
+        text: dict[str, Any] = {}
+        for name, batches in heldout(self.data, self.tokenizer, HELDOUT_SEQUENCES).items():
+            compared, own = agreement(model, self.original, batches)
+            ratio = own.value / self.perplexity_of_original(name, batches)
+            text[name] = {"kl": compared.kl, "top1": compared.top1, "perplexity_ratio": ratio}
+        tasks = self.tasks_of(FINAL, FINAL_ITEMS)
+        return {
+            "text": text,
+            "right": tasks.score(model),
+            "chance": tasks.chance,
+            "original": self.answers_of(tasks),
+        }
+
+    def tasks_of(self, draw: str, items: int) -> ScoredTasks:
+        if draw not in self.tasks:
+            self.tasks[draw] = ScoredTasks(self.data, self.tokenizer, items, draw, questions=QUESTIONS)
+        return self.tasks[draw]
+
+    def answers_of(self, tasks: ScoredTasks) -> str:
+        """Return the name under which the answers of the original are stored; the original answers once."""
+        name = f"{next(draw for draw, own in self.tasks.items() if own is tasks)}, {products()}"
+        if name not in self.content["originals"]:
+            self.content["originals"][name] = tasks.score(self.original)
+            self.save()
+        return name
+
+    def perplexity_of_original(self, domain: str, batches: Sequence[Any]) -> float:
+        """Return the perplexity of the original on a domain, measured once."""
+        known = self.content["originals"].setdefault(f"perplexity, {products()}", {})
+        if domain not in known:
+            with fast_products(self.original):
+                known[domain] = perplexity(self.original, batches, domain).value
+            self.save()
+        return float(known[domain])
+
+    def training_file(self, run: Run) -> Path:
+        folder = ROOT / "build" / self.file.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{run.key.replace(' ', '')}.training"
+
+
+def choose_window(model: nn.Module, text: TrainingText, size: int) -> range:
+    """Return the best window of a shortlist, ranked on repeated passages and repaired in closed form."""
+    few = len(text.train) * CHOOSING // text.train.numel()
+    split = TokenSplit(text.train[:few], text.validation, text.validation, fingerprint="")
+    repeated = with_repeated_passages(split, BEST.data.repeated_context)
+    length, search = len(find_stack(model)), WindowSearch(shortlist=SHORTLIST)
+    with fast_products(model):
+        measured = profile(model, split_into_batches(repeated.calibration, 4))
+        shortlist = search.find(search.problem(windows_of_size(length, size), length, profile=measured))
+        parts = (*split_held_out(text.train[:few]), repeated.validation)
+        return verify_shortlist(model, shortlist, *(split_into_batches(part, 4) for part in parts))[0].windows[0]
+
+
+def agreement(model: nn.Module, original: nn.Module, batches: Sequence[Any]) -> tuple[Agreement, Perplexity]:
+    """Return the agreement of two models on text, and the perplexity of the first."""
+    compared, own = Agreement(), Perplexity()
+    with (
+        fast_products(model),
+        fast_products(original),
+        run_paired(model, original, batches, "text", Task("causal-lm")) as answers,
+    ):
+        for batch, output, *pair in answers:
+            own += score_tokens(output.logits, batch["input_ids"], batch["attention_mask"])
+            compared += compare_logits(*pair)
+    return compared, own
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Return the rows as Markdown, by number of removed blocks and of training tokens."""
+    groups: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
+    for run, row in ((_run_of(key), row) for key, row in content["rows"].items()):
+        groups.setdefault((run.removed, run.tokens), {}).setdefault(run.recipe, []).append(row)
+    lines = [
+        f"{content['model']}. Each recipe is trained without one domain per seed; *known* and *unknown* are the "
+        "domains with and without training text. KL is in nats per token from the original. Classification "
+        f"({', '.join(QUESTIONS)}) and generation (synthetic problems and last words) are the retained fraction of the "
+        "accuracy above chance, over tasks on which the original is clearly above chance; *accuracy* is the ratio of "
+        "mean accuracies in classification. Intervals are 95 % bootstrap intervals over items. Minutes are CPU time of "
+        "one thread for fit and training.",
+    ]
+    for (removed, tokens), rows in sorted(groups.items(), reverse=True):
+        title = f"{removed} of {content['length']} blocks, {tokens:,} training tokens"
+        finals = {name: [row for row in own if "final" in row] for name, own in rows.items()}
+        finals = {name: own for name, own in finals.items() if own}
+        if finals:
+            lines += ["", f"## {title}: held-out text and tasks", "", *_final_lines(content, finals)]
+        lines += ["", f"## {title}: development", "", *_development_lines(content, rows)]
+    command = "python -m benchmarks.retained_quality --recipes RECIPES --removed BLOCKS --tokens TOKENS [--final]"
+    return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+
+
+def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [
+        "| recipe | seeds | KL, known | KL, unknown | by seed | problems | validation loss | minutes |",
+        f"|{'---|' * 8}",
+    ]
+    kl = {name: statistics.fmean(row["development"]["kl"]["unseen"] for row in own) for name, own in rows.items()}
+    for name in sorted(rows, key=kl.__getitem__):
+        own = rows[name]
+        known, unknown = ([row["development"]["kl"][kind] for row in own] for kind in ("seen", "unseen"))
+        problems = relative_accuracy(paired_scores(content, own, "development"), clearly=CLEARLY)["generation"]
+        losses = [min(v["validated"] for v in row["training"]["history"]) for row in own if row["training"]]
+        cells = [name, _seeds(own), f"{statistics.fmean(known):.3f}", f"{kl[name]:.3f}"]
+        cells += [", ".join(f"{nats:.3f}" for nats in unknown), _estimate(problems.above_chance)]
+        cells += [f"{statistics.fmean(losses):.3f}" if losses else "", _minutes(own)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [
+        "| recipe | seeds | KL, known | KL, unknown | perplexity, known | perplexity, unknown | classification "
+        "| accuracy | generation | by seed | minutes |",
+        f"|{'---|' * 11}",
+    ]
+    for name, own in rows.items():
+        cells = [name, _seeds(own)]
+        for column, digits in (("kl", 3), ("perplexity_ratio", 2)):
+            for unknown in (False, True):
+                values = [
+                    score[column]
+                    for row in own
+                    for domain, score in row["final"]["text"].items()
+                    if (domain == row["left_out"]) == unknown
+                ]
+                cells.append(f"{statistics.fmean(values):.{digits}f}")
+        scores = relative_accuracy(paired_scores(content, own, "final"), clearly=CLEARLY)
+        classification, generation = scores["classification"], scores["generation"]
+        by_seed = [
+            relative_accuracy(paired_scores(content, [row], "final"), clearly=CLEARLY, draws=100)["generation"]
+            for row in own
+        ]
+        cells += [_estimate(classification.above_chance), _estimate(classification.ratio)]
+        cells.append(_estimate(generation.above_chance))
+        cells.append(", ".join("-" if s.above_chance is None else f"{s.above_chance.value:.0%}" for s in by_seed))
+        lines.append(f"| {' | '.join([*cells, _minutes(own)])} |")
+    return lines
+
+
+def paired_scores(content: Mapping[str, Any], rows: Sequence[dict[str, Any]], draw: str) -> list[PairedScores]:
+    """Pair the scores of the original and of a recipe on each item, averaged over seeds."""
+    paired = []
+    for task in rows[0][draw]["right"]:
+        sides = [
+            [content["originals"][row[draw]["original"]][task] for row in rows],
+            [row[draw]["right"][task] for row in rows],
+        ]
+        scores = [mean_of([list(map(float, bits)) for bits in side]) for side in sides]
+        is_question = task in QUESTIONS
+        sets = 0 if is_question or task == LAST_WORD else sets_of(len(scores[0]))  # problems with the same examples
+        clusters = [k % sets for k in range(len(scores[0]))] if sets else []
+        group = "classification" if is_question else "generation"
+        paired.append(PairedScores(task, *scores, rows[0][draw]["chance"].get(task, 0.0), group, clusters))
+    return paired
+
+
+def _run_of(key: str) -> Run:
+    name, removed, tokens, seed = key.rsplit(" | ", 3)
+    return Run(name, int(removed), int(tokens), int(seed))
+
+
+def _seeds(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(str(row["seed"]) for row in sorted(rows, key=lambda row: row["seed"]))
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.1%} [{estimate.low:.0%}, {estimate.high:.0%}]"
+
+
+def _minutes(rows: Sequence[dict[str, Any]]) -> str:
+    minutes = [row["minutes"] for row in rows if row["minutes"] is not None]
+    return f"{statistics.fmean(minutes):.0f}" if minutes else "-"
+
+
+if __name__ == "__main__":
+    main()

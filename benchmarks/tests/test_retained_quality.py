@@ -1,0 +1,146 @@
+"""The benchmark of recipes on one scale: what a row is trained and scored on, and what the table averages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import retained_quality, scored_tasks
+from benchmarks.last_words import LastWord
+from benchmarks.retained_quality import LEFT_OUT, RECIPES, paired_scores, table
+from benchmarks.small_opt import Recipe, new_model, train_tokenizer
+from benchmarks.training_text import TrainingText, training_text
+from streamline_hooks.evaluation import Problem, task_config_from_rows
+
+TEXT = "the cat sleeps under a green house near seven small apples while rain falls over the old garden"
+ROWS = [{"query": "the cat sleeps", "choices": ["under", "rain"], "gold": gold} for gold in (0, 1)]
+QUESTIONS = task_config_from_rows(ROWS, "copa")
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """Let the benchmark use a small model; return the arguments with which text was read."""
+    read: list[dict[str, Any]] = []
+    tokenizer = train_tokenizer([f"{TEXT[k:]} {TEXT}" for k in range(60)], 300)
+
+    def load(name: str) -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        small = new_model(Recipe(width=64, blocks=5, heads=2, vocabulary=300, sequence=64)).eval()
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+        return small, tokenizer
+
+    def text(data: Path, tokenizer: Any, tokens: int, seed: int = 0, **options: Any) -> TrainingText:
+        read.append({"seed": seed, **options})
+        ids = torch.randint(3, 300, (24, 32), generator=torch.Generator().manual_seed(seed))
+        return TrainingText(ids[:20], ids[20:], {})
+
+    def heldout(*_: Any) -> dict[str, Any]:
+        batch = {"input_ids": torch.arange(3, 35).view(1, -1), "attention_mask": torch.ones(1, 32, dtype=torch.long)}
+        return {domain: [batch] for domain in LEFT_OUT}
+
+    for name, value in {"load_pretrained": load, "training_text": text, "heldout": heldout, "SEQUENCE": 32}.items():
+        monkeypatch.setattr(retained_quality, name, value)
+    for name, value in {"FILE": tmp_path / "rows.json", "ROOT": tmp_path}.items():
+        monkeypatch.setattr(retained_quality, name, value)
+    monkeypatch.setattr(retained_quality, "choose_window", lambda model, text, size: range(1, 1 + size))
+    monkeypatch.setattr(retained_quality, "QUESTIONS", ("copa",))
+    monkeypatch.setattr(scored_tasks, "problems_of", lambda *args: {"copying": [Problem("seven small", " apples")] * 2})
+    monkeypatch.setattr(scored_tasks, "last_words", lambda *args: [LastWord("the cat ", "sleeps", "garden")] * 2)
+    monkeypatch.setattr(scored_tasks, "task_of", lambda *args: QUESTIONS)
+    return read
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    """Run the benchmark; tasks that the small model cannot solve are not averaged."""
+    monkeypatch.setattr(
+        "sys.argv", ["retained_quality", "--data", ".", "--removed", "2", "--tokens", "640", *arguments]
+    )
+    monkeypatch.setattr(retained_quality, "table", lambda content: "table")
+    retained_quality.main()
+    rows: dict[str, Any] = json.loads(retained_quality.FILE.read_text())["rows"]
+    return rows
+
+
+def test_a_row_trains_without_a_domain_and_is_scored_once(
+    texts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = run(monkeypatch, "--recipes", "control,linear,block,closed form", "--seeds", "1")
+    assert [row["removed"] for row in rows.values()] == [0, 2, 2, 2]
+    assert {row["left_out"] for row in rows.values()} == {LEFT_OUT[1]} and not any("final" in r for r in rows.values())
+    assert all(read in ({"seed": 1, "left_out": LEFT_OUT[1]}, {"seed": 0, "only": LEFT_OUT[1]}) for read in texts)
+    control, linear, block, closed = rows.values()
+    assert control["window"] == linear["window"] and len(range(*block["window"])) == 3
+    assert closed["training"] is None and linear["training"]["steps"] == 20
+    assert control["development"]["kl"]["seen"] < linear["development"]["kl"]["seen"]
+    assert linear["development"]["kl"]["unseen"] > 0 and set(linear["development"]["right"]) == {"copying"}
+    monkeypatch.setattr(retained_quality, "train", None)  # not called again
+    assert run(monkeypatch, "--recipes", "control,linear", "--seeds", "1") == rows
+
+
+def test_final_scores_are_added_to_rows_without_them(
+    texts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(monkeypatch, "--recipes", "closed form", "--seeds", "0")
+    rows = run(monkeypatch, "--recipes", "closed form", "--seeds", "0", "--final")
+    ((key, row),) = rows.items()
+    assert row["development"] == first[key]["development"]
+    assert set(row["final"]["right"]) == {"copying", "last word", "copa"} and set(row["final"]["text"]) == set(LEFT_OUT)
+    assert row["final"]["chance"]["copa"] == 0.5
+    assert row["final"]["text"][LEFT_OUT[0]]["kl"] > 0
+    assert not list(retained_quality.ROOT.rglob("*.training"))
+
+
+def _row(seed: int, right: Mapping[str, str], unknown: float) -> dict[str, Any]:
+    kl = {domain: {"kl": unknown if domain == LEFT_OUT[seed] else 0.2, "perplexity_ratio": 1.1} for domain in LEFT_OUT}
+    scores = {"right": right, "chance": {"copa": 0.5, "copying": 0.0}, "original": "o"}
+    return {
+        "seed": seed,
+        "left_out": LEFT_OUT[seed],
+        "minutes": 4.0,
+        "training": None,
+        "development": {"kl": {"seen": 0.3, "unseen": unknown}, **scores},
+        "final": {"text": kl, **scores},
+    }
+
+
+def test_the_table_separates_known_and_unknown_text() -> None:
+    original = {"copa": "1" * 90 + "0" * 10, "copying": "1" * 80 + "0" * 20, "last word": "1" * 50 + "0" * 50}
+    half = {"copa": "1" * 70 + "0" * 30, "copying": "1" * 40 + "0" * 60, "last word": "1" * 25 + "0" * 75}
+    rows = {"best | 8 | 1024 | 0": _row(0, half, 0.9), "best | 8 | 1024 | 1": _row(1, half, 0.7)}
+    content = {"model": "small", "length": 30, "originals": {"o": original}, "rows": rows}
+    lines = table(content).splitlines()
+    (final, development) = (line for line in lines if line.startswith("| best |"))
+    assert final.startswith("| best | 0, 1 | 0.200 | 0.800 | 1.10 | 1.10 | 50.0% [")
+    assert "| 50%, 50% |" in final and "77.8%" in final
+    assert development.startswith("| best | 0, 1 | 0.300 | 0.800 | 0.900, 0.700 |")
+    scores = {score.name: score for score in paired_scores(content, list(rows.values()), "final")}
+    assert scores["copying"].group == "generation" and scores["copa"].group == "classification"
+
+
+def test_the_text_has_all_domains_but_one_or_only_one(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([TEXT], 300)
+    for part in ("train", "heldout"):
+        (tmp_path / "text" / part).mkdir(parents=True)
+        for name in ("a", "b", "c"):
+            documents = "\n\n\n".join(f"{name} {k} " + f"{TEXT} " * 40 for k in range(60))
+            (tmp_path / "text" / part / f"{name}.txt").write_text(documents if part == "train" else "other")
+    shares = training_text(tmp_path, tokenizer, 20 * 512, left_out="b").shares
+    assert shares == {"a": 10 * 512, "c": 10 * 512}
+    assert training_text(tmp_path, tokenizer, 4 * 512, only="b").shares == {"b": 4 * 512}
+    with pytest.raises(SystemExit, match="no domain 'd'"):
+        training_text(tmp_path, tokenizer, 512, only="d")
+
+
+def test_recipes_differ_from_best_in_one_setting() -> None:
+    best = RECIPES["best"]
+    for name, recipe in RECIPES.items():
+        changed = [field for field in vars(best) if getattr(recipe, field) != getattr(best, field)]
+        assert len(changed) == 1 or name in ("best", "closed form", "KL alone, without healing"), name
