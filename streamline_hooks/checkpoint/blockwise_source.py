@@ -32,18 +32,17 @@ from streamline_hooks.checkpoint.streaming import BlockRange, BlockwisePass, Sta
 from streamline_hooks.core import (
     Batches,
     DistributedStep,
+    StreamlineError,
     UnsupportedSurgery,
     batches_digest,
     current_processes,
     prepare_inputs,
     progress_bar,
     read_file,
-    shift_labels,
     validate_arguments,
     weights_in_memory,
     write_file,
 )
-from streamline_hooks.evaluation import get_input_ids, target_ids
 from streamline_hooks.modeling import (
     BlockStack,
     BoundaryStates,
@@ -57,17 +56,11 @@ from streamline_hooks.modeling import (
     get_logits,
     inference,
     read_output,
-    sum_order_tolerance,
     write_output,
 )
-from streamline_hooks.surgery import LayerSurgeon, zero_output
-
-LOGIT_BYTES = 2**26
-"""Maximum bytes of float32 logits that are computed at a time, if they are of more than one token."""
-_PROBED_TOKENS = 8  # tokens whose logits are computed together and one by one, to compare them
+from streamline_hooks.surgery import Head, LayerSurgeon, outputs_by_token, require_token_by_token, zero_output
 
 _T = TypeVar("_T")
-Head = Callable[[Tensor], Tensor]
 ReadState = Callable[[int], Tensor]
 """Returns the output states of the last block in a variant, given the index of a batch."""
 
@@ -230,8 +223,13 @@ class BlockwiseSource(StateSource):
 
     @closing_generator
     def outputs(  # noqa: D102
-        self, batches: Batches, variants: Sequence[Variant], desc: str
+        self, batches: Batches, variants: Sequence[Variant], desc: str, original: nn.Module | None = None
     ) -> Generator[VariantOutputs, None, None]:
+        if original is not None:
+            raise StreamlineError(
+                "A model that is read block by block was compared with another model. Expected no other model. Leave "
+                "original out, or load the model into memory."
+            )
         if not batches:
             return
         candidates = {k: variant for k, variant in enumerate(variants) if isinstance(variant, Candidate)}
@@ -446,30 +444,14 @@ def _outputs_by_token(
     """Yield the logits of a few real tokens of a sequence at a time, and skip sequences of padding."""
     total = sum(int(mask.sum()) for mask in states.masks)
     with lm_head_of(states.stack) as head, progress_bar((1 + len(variants)) * total, desc) as bar:
-        at_once = 0
-
-        def run(variant: ReadState | UnsupportedSurgery, number: int, row: int, at: Tensor) -> Tensor:
-            if isinstance(variant, UnsupportedSurgery):
-                raise variant
-            bar.update(len(at))
-            return head(variant(number)[row, at])[None]
-
-        for number, (batch, masks) in enumerate(zip(states.batches, states.masks, strict=True)):
-            own, ids = states.read(states.stop, number), get_input_ids(batch).cpu()
-            positions = None if isinstance(batch, Tensor) else batch.get("position_ids")
-            following = shift_labels(target_ids(batch).cpu(), masks, positions)
-            for row, real in enumerate(masks):
-                where = real.nonzero()[:, 0]
-                if not len(where):
-                    continue
-                if not at_once:
-                    _require_token_by_token(states.stack, head, own[row, where[:_PROBED_TOKENS]])
-                    at_once = max(1, LOGIT_BYTES // (4 * head(own[row, :1]).shape[-1]))
-                for at in where.split(min(at_once, len(real))):
-                    each = [partial(run, variant, number, row, at) for variant in variants]
-                    tokens, labels = ids[row, at][None], following[row, at][None]
-                    yield VariantOutputs(tokens, tokens, head(own[row, at])[None], each, labels)
-                    bar.update(len(at))
+        is_checked = False
+        for number, (batch, mask) in enumerate(zip(states.batches, states.masks, strict=True)):
+            state = states.read(states.stop, number)
+            if not is_checked and mask.any():
+                require_token_by_token(states.stack, head, state[mask])
+                is_checked = True
+            each = [v if isinstance(v, UnsupportedSurgery) else partial(v, number) for v in variants]
+            yield from outputs_by_token(batch, mask, state, each, (head, head), bar.update)
 
 
 @contextmanager
@@ -507,17 +489,3 @@ def lm_head_of(stack: BlockStack) -> Iterator[Head]:
                 states.clear()
 
         yield logits
-
-
-def _require_token_by_token(stack: BlockStack, head: Head, state: Tensor) -> None:
-    """Raise unless the logits of a token are independent of the other tokens."""
-    together = head(state)
-    one_by_one = torch.cat([head(part) for part in state.split(1)])
-    difference, largest = float((together - one_by_one).abs().max()), float(together.abs().max())
-    if not difference <= sum_order_tolerance(together.dtype) * largest and together.isfinite().all():
-        raise UnsupportedSurgery(
-            f"{type(stack.model).__name__} cannot be verified block by block: after its blocks, the logits of a token "
-            f"depend on the other tokens: they differ by {difference:.2g}, where the largest is {largest:.2g}. Load "
-            "the model into memory.",
-            "probe",
-        )

@@ -4,6 +4,7 @@ from .batch import (
     Batches,
     count_tokens,
     device_of,
+    get_input_ids,
     is_text_batch,
     label_mask,
     max_positions,
@@ -15,6 +16,7 @@ from .batch import (
     shift_labels,
     split_into_batches,
     takes_use_cache,
+    target_ids,
 )
 from .config import (
     Config,
@@ -143,6 +145,7 @@ __all__ = [
     "field_hints",
     "float64_device",
     "gather_unless_interrupted",
+    "get_input_ids",
     "get_logger",
     "has_unmapped_offload",
     "hide_progress",
@@ -189,6 +192,7 @@ __all__ = [
     "surgery_on_shards",
     "table",
     "takes_use_cache",
+    "target_ids",
     "tensor_bytes",
     "texts_digest",
     "to_float64",

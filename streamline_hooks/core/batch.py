@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.core.devices import execution_device
+from streamline_hooks.core.errors import StreamlineError
 
 Batch = Mapping[str, Tensor]
 Batches = Sequence[Batch | Tensor]
@@ -227,6 +228,27 @@ def _unwrap_forward(model: nn.Module) -> nn.Module:
 
 
 IGNORE_INDEX = -100  # the label of a position without a target, as in PyTorch and Transformers
+
+
+def get_input_ids(batch: Batch | Tensor) -> Tensor:
+    """Return the token ids of a batch, of shape (batch, tokens); raise StreamlineError if it has none."""
+    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    if ids is None or ids.is_floating_point():
+        content = "a floating-point tensor" if isinstance(batch, Tensor) else ", ".join(batch)
+        raise StreamlineError(
+            f"A batch contains {content}, but no token ids (input_ids). Expected token ids, because only text has a "
+            "likelihood. Pass batches of text."
+        )
+    return ids
+
+
+def target_ids(batch: Batch | Tensor) -> Tensor:
+    """Return the token ids of a batch, with `IGNORE_INDEX` where ``labels`` of the same shape equal it."""
+    ids = get_input_ids(batch)
+    labels = None if isinstance(batch, Tensor) else batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        return ids
+    return ids.masked_fill(labels.to(ids.device) == IGNORE_INDEX, IGNORE_INDEX)
 
 
 def label_mask(real: Tensor, positions: Any = None) -> Tensor:

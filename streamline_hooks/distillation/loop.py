@@ -58,6 +58,7 @@ from streamline_hooks.distillation.training_file import (
     write_training_file,
 )
 from streamline_hooks.modeling import get_logits, reference_outputs, seed_device, sum_distance
+from streamline_hooks.surgery import rows_within_memory
 
 logger = get_logger(__name__)
 
@@ -175,7 +176,8 @@ class TrainingLoop:
         counts = self.work.all_gather_object(rank_counts)
         self.tokens_of_states = {n: sum(tokens.get(n, 0) for tokens in counts) for n in range(len(self.batches))}
         self.longest = max(self.work.all_gather_object(max(self.share.longest, self.validation_share.longest)))
-        self.rows = self.longest  # sequences per forward; reduced if memory is insufficient
+        within_memory = [rows_within_memory(self.student.model, batch) for batch in (*self.batches, *self.validation)]
+        self.rows = min(self.longest, *within_memory)  # sequences per forward; reduced if memory is insufficient
 
     def run(self, resume: bool) -> TrainingResult:
         """Run the remaining steps, from the start or from the checkpoint file, and keep the global random state."""

@@ -35,13 +35,11 @@ from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskResult, Ta
 from streamline_hooks.evaluation.perplexity import (
     NotFiniteLikelihood,
     Perplexity,
-    get_input_ids,
     negative_log_likelihoods,
     perplexity,
     perplexity_of_candidates,
     require_causal_lm,
     score_tokens,
-    target_ids,
 )
 from streamline_hooks.evaluation.result import Evaluation, Scores
 from streamline_hooks.evaluation.result_cache import ResultCache
@@ -141,7 +139,6 @@ __all__ = [
     "evaluate",
     "generate_texts",
     "generate_with_both",
-    "get_input_ids",
     "guarantee",
     "load_guarantee_data",
     "load_tasks",
@@ -173,7 +170,6 @@ __all__ = [
     "stability",
     "synchronize",
     "synthetic_problems",
-    "target_ids",
     "task_config_from_file",
     "task_config_from_rows",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.core import Batch, StreamlineError, count_tokens, prepare_inputs, progress_bar, validate_arguments
 from streamline_hooks.modeling import Task, closing_generator, inference, kl_by_token
+from streamline_hooks.surgery import split_large_batches
 
 _TOKENS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
 _MIN_EXPONENT, _MAX_EXPONENT, _BINS_PER_DECADE = -8, 3, 100  # neighboring bin edges differ by 2.3 %
@@ -175,7 +176,7 @@ def agreement(
             "Call embedding_similarity."
         )
     total = Agreement(unit=task.unit)
-    with run_paired(model, original, batches, desc, task) as pairs:
+    with run_paired(model, original, split_large_batches(original, batches), desc, task) as pairs:
         for _, _, reference, answers in pairs:
             total += compare_logits(reference, answers, total.unit)
     total._tokens()  # raises if no token was compared

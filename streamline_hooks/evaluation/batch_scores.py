@@ -21,12 +21,14 @@ from streamline_hooks.core import (
     prepare_inputs,
     progress_bar,
     shift_labels,
+    target_ids,
     validate_arguments,
 )
 from streamline_hooks.evaluation.agreement import Agreement, compare_logits, require_finite_outputs, run_paired
 from streamline_hooks.evaluation.embeddings import EmbeddingSimilarity, compare_embeddings
-from streamline_hooks.evaluation.perplexity import Perplexity, target_ids
+from streamline_hooks.evaluation.perplexity import Perplexity
 from streamline_hooks.modeling import Task, inference
+from streamline_hooks.surgery import split_large_batches
 
 _ANSWERS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
 
@@ -160,7 +162,7 @@ def score_batches(
     task = task or Task.of(model)
     counter = _Counter(task)
     with inference(model), progress_bar(sum(map(count_tokens, batches)), desc) as bar:
-        for number, (batch, inputs) in enumerate(_without_labels(batches, task)):
+        for number, (batch, inputs) in enumerate(_without_labels(split_large_batches(model, batches), task)):
             prepared = prepare_inputs(model, inputs)
             answers = task.answers(model(**prepared), inputs)
             require_finite_outputs({"model": answers}, number)
@@ -222,7 +224,7 @@ def compare_on_batches(
     task = task or Task.of(original)
     counter, total = _Counter(task), Agreement(unit=task.unit)
     embedded: list[tuple[Tensor, Tensor]] = []
-    pairs = list(_without_labels(batches, task))
+    pairs = _without_labels(split_large_batches(original, batches), task)
     with run_paired(model, original, [inputs for _, inputs in pairs], desc, task) as outputs:
         for (batch, _), (prepared, _, reference, answers) in zip(pairs, outputs, strict=True):
             counter.add(batch, prepared, [answers, reference])

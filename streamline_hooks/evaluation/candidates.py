@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery, prepare_inputs
+from streamline_hooks.core import Batch, StreamlineError, UnsupportedSurgery
 from streamline_hooks.modeling import (
     Candidate,
     StateSource,
@@ -84,11 +84,10 @@ def distances_of_variants(
     answers, is_surgery = 0, any(not isinstance(variant, Candidate) for variant in variants)
     with (
         nullcontext() if original is None else inference(original),
-        source.outputs(batches, variants, desc) as outputs,
+        source.outputs(batches, variants, desc, original) as outputs,
     ):
         for number, at in enumerate(outputs):
-            output = at.output if original is None else original(**prepare_inputs(original, at.batch))
-            reference = reference_outputs(task, task.answers(output, at.batch))  # shared by all variants
+            reference = reference_outputs(task, task.answers(at.output, at.batch))  # shared by all variants
             if is_surgery and not torch.isfinite(reference.sum(dtype=torch.float64)):
                 raise StreamlineError(
                     f"The original's logits contain NaN or infinite values (batch {number}). Expected finite logits. "

@@ -23,6 +23,7 @@ from streamline_hooks.core import (
 from streamline_hooks.evaluation.agreement import run_paired
 from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskSettings, TaskSource, load_tasks
 from streamline_hooks.modeling import Task, kl_by_token
+from streamline_hooks.surgery import split_large_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -425,6 +426,7 @@ def _document_losses(
     """Return the loss of each row of the batches."""
     task = Task.of(original)
     losses: list[float] = []
+    batches = split_large_batches(original, batches)
     with run_paired(compressed, original, batches, measure, task) as pairs:
         for batch, (_, _, reference, answers) in zip(batches, pairs, strict=True):
             if measure == "kl":

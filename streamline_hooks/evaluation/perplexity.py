@@ -17,6 +17,7 @@ from streamline_hooks.core import (
     Batch,
     StreamlineError,
     shift_labels,
+    target_ids,
     validate_arguments,
 )
 from streamline_hooks.modeling import Candidate, StateSource, VariantOutputs, get_logits, task_from_class_names
@@ -172,27 +173,6 @@ def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
             total += float(losses.sum(dtype=torch.float64))
         sums.append(total)
     return sums
-
-
-def get_input_ids(batch: Batch | Tensor) -> Tensor:
-    """Return the token ids of a batch, of shape (batch, tokens); raise StreamlineError if it has none."""
-    ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
-    if ids is None or ids.is_floating_point():
-        content = "a floating-point tensor" if isinstance(batch, Tensor) else ", ".join(batch)
-        raise StreamlineError(
-            f"A batch contains {content}, but no token ids (input_ids). Expected token ids, because only text has a "
-            "likelihood. Pass batches of text."
-        )
-    return ids
-
-
-def target_ids(batch: Batch | Tensor) -> Tensor:
-    """Return the token ids of a batch, with `IGNORE_INDEX` where ``labels`` of the same shape equal it."""
-    ids = get_input_ids(batch)
-    labels = None if isinstance(batch, Tensor) else batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.shape != ids.shape:
-        return ids
-    return ids.masked_fill(labels.to(ids.device) == IGNORE_INDEX, IGNORE_INDEX)
 
 
 def require_causal_lm(model: nn.Module) -> None:

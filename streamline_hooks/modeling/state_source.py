@@ -183,12 +183,12 @@ class StateSource(ABC):
 
     @abstractmethod
     def outputs(
-        self, batches: Batches, variants: Sequence[Variant], desc: str
+        self, batches: Batches, variants: Sequence[Variant], desc: str, original: nn.Module | None = None
     ) -> AbstractContextManager[Iterator[VariantOutputs]]:
         """Run the model and its variants, and yield their outputs.
 
         For a `Candidate` only the blocks after its window are run. A model in memory takes variants of one type in a
-        call: candidates, or functions.
+        call: candidates, or functions. With `original`, the first output is that of this model.
         """
 
     def identify(self, run: Mapping[str, Any]) -> None:  # noqa: B027 (a source without files has nothing to compare)

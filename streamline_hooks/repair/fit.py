@@ -181,6 +181,7 @@ def _fit_closed_form(
     bar = progress_bar(len(windows), name, "windows")
     with distributed_step(name) as step, moments_by_window(source, parts, windows) as moments, bar:
         for number, (fit_moments, held_out_moments) in moments:
+            bar.unpause()  # the passes for the moments have bars of their own
             window, replacement_module = replacement_modules[number]
             repairs[number] = solve_window(step, window, replacement_module, fit_moments, held_out_moments)
             del fit_moments, held_out_moments  # before the moments of the next window are summed

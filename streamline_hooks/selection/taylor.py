@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from streamline_hooks.core import Batch, StreamlineError, label_mask, prepare_inputs, progress_bar, to_float64
-from streamline_hooks.evaluation import get_input_ids, require_causal_lm
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    get_input_ids,
+    label_mask,
+    prepare_inputs,
+    progress_bar,
+    to_float64,
+)
+from streamline_hooks.evaluation import require_causal_lm
 from streamline_hooks.modeling import BlockStack, find_stack, get_logits, inference
 from streamline_hooks.surgery import AFTER, BEFORE, spliced
 

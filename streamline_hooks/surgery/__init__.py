@@ -58,6 +58,13 @@ from streamline_hooks.surgery.spliced_model import (
     register_classes,
 )
 from streamline_hooks.surgery.surgeon import LayerSurgeon
+from streamline_hooks.surgery.token_outputs import (
+    Head,
+    outputs_by_token,
+    require_token_by_token,
+    rows_within_memory,
+    split_large_batches,
+)
 from streamline_hooks.surgery.zeroed_branches import (
     find_zeros,
     zero_output,
@@ -79,6 +86,7 @@ __all__ = [
     "DepthCuts",
     "Edits",
     "Hazard",
+    "Head",
     "LayerSurgeon",
     "ModelSource",
     "PromptSkip",
@@ -111,12 +119,15 @@ __all__ = [
     "is_splice_parameter",
     "match_block",
     "matched_dtype",
+    "outputs_by_token",
     "per_layer_width",
     "prompt_skip_of",
     "refuse_open_surgery",
     "register_classes",
     "replay_surgeries",
+    "require_token_by_token",
     "resume",
+    "rows_within_memory",
     "run_before",
     "run_reference_with_hooks",
     "run_splices",
@@ -125,6 +136,7 @@ __all__ = [
     "set_splices",
     "snapshot_splices",
     "spliced",
+    "split_large_batches",
     "zero_output",
     "zero_parameter_ids",
     "zero_parameters",

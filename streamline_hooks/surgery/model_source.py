@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, Batches, StreamlineError, count_tokens, prepare_inputs, progress_bar
+from streamline_hooks.core import (
+    Batch,
+    Batches,
+    StreamlineError,
+    UnsupportedSurgery,
+    count_tokens,
+    prepare_inputs,
+    progress_bar,
+)
 from streamline_hooks.modeling import (
     BlockStack,
     BoundaryStates,
@@ -25,6 +33,13 @@ from streamline_hooks.modeling import (
 from streamline_hooks.recording import BlockSite, HiddenStateRecorder
 from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.splice import BEFORE, run_splices
+from streamline_hooks.surgery.token_outputs import (
+    agrees_with_forward,
+    exceeds_memory,
+    head_of,
+    last_state,
+    outputs_by_token,
+)
 
 
 class ModelSource(StateSource):
@@ -104,13 +119,17 @@ class ModelSource(StateSource):
 
     @closing_generator
     def outputs(  # noqa: D102
-        self, batches: Batches, variants: Sequence[Variant], desc: str
+        self, batches: Batches, variants: Sequence[Variant], desc: str, original: nn.Module | None = None
     ) -> Generator[VariantOutputs, None, None]:
+        if self._runs_by_token(batches, original):
+            yield from self._outputs_by_token(batches, variants, desc, original)
+            return
         candidates = [variant for variant in variants if isinstance(variant, Candidate)]
         if len(candidates) == len(variants) and candidates:
-            yield from self._candidate_outputs(batches, candidates, desc)
+            yield from self._candidate_outputs(batches, candidates, desc, original)
             return
         model = self.model
+        reference = original or model
         tokens = [count_tokens(batch) for batch in batches]
         with inference(model), progress_bar((1 + len(variants)) * sum(tokens), desc) as bar:
 
@@ -122,15 +141,14 @@ class ModelSource(StateSource):
 
             for batch, count in zip(batches, tokens, strict=True):
                 inputs = prepare_inputs(model, batch)
-                output = model(**inputs)
+                output = reference(**prepare_inputs(reference, batch))
                 bar.update(count)
                 yield VariantOutputs(batch, inputs, output, [partial(run, each, inputs, count) for each in variants])
 
     def _candidate_outputs(
-        self, batches: Batches, candidates: Sequence[Candidate], desc: str
+        self, batches: Batches, candidates: Sequence[Candidate], desc: str, original: nn.Module | None
     ) -> Generator[VariantOutputs, None, None]:
-        starts = sorted({candidate.window.start for candidate in candidates})
-        record = HiddenStateRecorder(self.model, starts, sites=["block.input"], stack=self.stack.path)
+        record = HiddenStateRecorder(self.model, _starts(candidates), sites=["block.input"], stack=self.stack.path)
         total = (1 + len(candidates)) * sum(map(count_tokens, batches))
         with progress_bar(total, desc) as bar, record.over(batches) as passed:
 
@@ -142,10 +160,70 @@ class ModelSource(StateSource):
             for batch, recorded in zip(batches, passed, strict=True):
                 bar.update(count_tokens(batch))
                 each = [partial(run, candidate, batch) for candidate in candidates]
-                yield VariantOutputs(batch, batch, recorded.output, each)
+                output = recorded.output if original is None else original(**prepare_inputs(original, batch))
+                yield VariantOutputs(batch, batch, output, each)
+
+    def _runs_by_token(self, batches: Batches, original: nn.Module | None) -> bool:
+        """Whether the logits of a batch are large, and can be computed for a few tokens at a time."""
+        models = [self.model] if original is None else [self.model, original]
+        path = self.stack.path
+        return exceeds_memory(self.model, batches) and all(
+            agrees_with_forward(model, path, batches[0]) for model in models
+        )
+
+    def _outputs_by_token(
+        self, batches: Batches, variants: Sequence[Variant], desc: str, original: nn.Module | None
+    ) -> Generator[VariantOutputs, None, None]:
+        """Run all blocks for each batch, and the modules after them for a few tokens at a time."""
+        model, path = self.model, self.stack.path
+        reference = model if original is None else original
+        starts = _starts([variant for variant in variants if isinstance(variant, Candidate)])
+        heads = head_of(reference, path), head_of(model, path)
+        total = (1 + len(variants)) * sum(map(count_tokens, batches))
+        with inference(model), inference(reference), progress_bar(total, desc) as bar:
+            for batch in batches:
+                blocks = [*starts, -1] if original is None else [-1]
+                record = HiddenStateRecorder(reference, blocks, stop=True, stack=path)
+                with record.over([batch]) as passed:
+                    ((state, real),) = [(recorded.leaving(record.blocks[-1]), recorded.real) for recorded in passed]
+                if original is not None and starts:
+                    record = HiddenStateRecorder(model, starts, sites=["block.input"], stop=True, stack=path)
+                    with record.over([batch]) as passed:
+                        list(passed)
+                states: list[Callable[[], Tensor] | UnsupportedSurgery] = []
+                for variant in variants:
+                    try:
+                        states.append(partial(_same, self._last_state(variant, record, batch)))
+                    except UnsupportedSurgery as error:
+                        states.append(error)
+                yield from outputs_by_token(batch, real, state, states, heads, bar.update)
+
+    def _last_state(self, variant: Variant, record: HiddenStateRecorder, batch: Batch | Tensor) -> Tensor:
+        """Return the state of a variant after the last block."""
+        model, path = self.model, self.stack.path
+        if not isinstance(variant, Candidate):
+            with variant():
+                return last_state(model, path, partial(model, **prepare_inputs(model, batch)))
+        if variant.window.stop == len(self.stack):
+            return _candidate_state(record, variant)
+        return last_state(model, path, partial(_candidate_output, record, variant, batch))
+
+
+def _starts(candidates: Sequence[Candidate]) -> list[int]:
+    return sorted({candidate.window.start for candidate in candidates})
+
+
+def _same(state: Tensor) -> Tensor:
+    return state
 
 
 def _candidate_output(record: HiddenStateRecorder, candidate: Candidate, batch: Batch | Tensor) -> Any:
+    state = _candidate_state(record, candidate)
+    return resume(record.model, candidate.window.stop, state, batch, stack=record.stack.path)
+
+
+def _candidate_state(record: HiddenStateRecorder, candidate: Candidate) -> Tensor:
+    """Return the state that enters the block after the window of a candidate."""
     window, blocks = candidate.window, record.stack.blocks
     state = record.inputs[window.start][0]  # of the original's forward; resuming appends further inputs
     if candidate.module is not None:
@@ -153,7 +231,7 @@ def _candidate_output(record: HiddenStateRecorder, candidate: Candidate, batch: 
             state = candidate.module(state)
     if window.stop < len(blocks):  # modules of an earlier surgery after the window stay
         state = run_splices(blocks[window.stop], BEFORE, state)
-    return resume(record.model, window.stop, state, batch, stack=record.stack.path)
+    return state
 
 
 def as_state_source(model: nn.Module | StateSource, stack: str | None = None) -> StateSource:

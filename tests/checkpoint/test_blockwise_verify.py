@@ -106,7 +106,7 @@ def test_tokens_are_judged_a_few_at_a_time(
     tokens_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, whole = written(tmp_path, "gemma3")
-    monkeypatch.setattr(blockwise_source, "LOGIT_BYTES", tokens_at_once * 61 * 4)
+    monkeypatch.setattr("streamline_hooks.surgery.token_outputs.LOGIT_BYTES", tokens_at_once * 61 * 4)
     sizes: list[int] = []
     model: Any = open_checkpoint(folder)
     model.get_output_embeddings().register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))
