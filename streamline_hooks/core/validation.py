@@ -420,7 +420,7 @@ def _checked_batch(model: nn.Module, batch: Any, what: str) -> bool:
             f"{what}: attention_mask has the shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}. Expected "
             "equal shapes. Pass both from the same tokenizer output."
         )
-    low, high = (int(bound) for bound in torch.aminmax(ids))
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
     if low < 0 or high >= embedding.num_embeddings:
         raise StreamlineError(
             f"{what}: input_ids hold {low if low < 0 else high}. Expected 0 to {embedding.num_embeddings - 1}, the "

@@ -223,12 +223,12 @@ def compare_logits(reference: Tensor, answers: Tensor, unit: str = "token") -> A
     >>> compare_logits(torch.zeros(3, 8), torch.zeros(3, 8)).kl
     0.0
     """
-    same, kl_parts = 0, []
+    same, kl_parts = torch.zeros((), dtype=torch.long, device=reference.device), []
     for p, q in zip(reference.split(_TOKENS_AT_ONCE), answers.split(_TOKENS_AT_ONCE), strict=True):
         kl_parts.append(kl_by_token(p.float().log_softmax(dim=-1), q))
-        same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+        same += (p.argmax(dim=-1) == q.argmax(dim=-1)).sum()
     nats = torch.cat(kl_parts).double() if kl_parts else torch.zeros(0, dtype=torch.float64)
-    return Agreement(float(nats.sum()), same, len(reference), KLHistogram.of(nats), unit)
+    return Agreement(float(nats.sum()), int(same), len(reference), KLHistogram.of(nats), unit)
 
 
 def stability(

@@ -313,7 +313,8 @@ class _Counter:
         for k, logits in enumerate(answers):
             parts = zip(logits.split(_ANSWERS_AT_ONCE), targets.to(logits.device).split(_ANSWERS_AT_ONCE), strict=True)
             losses = (cross_entropy(p.float(), t, ignore_index=IGNORE_INDEX, reduction="none") for p, t in parts)
-            self._nll[k] += math.fsum(float(part.sum(dtype=torch.float64)) for part in losses)
+            sums = [part.sum(dtype=torch.float64) for part in losses]
+            self._nll[k] += math.fsum(torch.stack(sums).tolist()) if sums else 0.0
 
     def scores(self, models: int) -> list[BatchScores]:
         """Return the scores of each model. Accuracy requires labels in every batch."""

@@ -164,15 +164,15 @@ def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
 
     Logits have the shape (batch, tokens, vocabulary), targets (batch, tokens). `IGNORE_INDEX` is not scored.
     """
-    sums = []
+    sums: list[Tensor] = []
     for row, row_targets in zip(logits, targets, strict=True):
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for part, target in zip(row.split(_TOKENS_AT_ONCE), row_targets.split(_TOKENS_AT_ONCE), strict=True):
             upcast = part.to(torch.promote_types(part.dtype, torch.float32))
             losses = cross_entropy(upcast, target, ignore_index=IGNORE_INDEX, reduction="none")
-            total += float(losses.sum(dtype=torch.float64))
+            total += losses.sum(dtype=torch.float64)
         sums.append(total)
-    return sums
+    return torch.stack(sums).tolist() if sums else []
 
 
 def require_causal_lm(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from streamline_hooks.modeling.branches import (
     sum_order_tolerance,
 )
 from streamline_hooks.modeling.forward import (
+    all_finite,
     closing_generator,
     copy_capture_hooks,
     evaluation_mode,
@@ -139,6 +140,7 @@ __all__ = [
     "VariantOutputs",
     "WatchedMask",
     "WindowSums",
+    "all_finite",
     "block_sites_in",
     "branches_in",
     "branches_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -193,9 +193,18 @@ def logits_to_keep(model: nn.Module, positions: int) -> dict[str, int]:
     return {"logits_to_keep": positions} if "logits_to_keep" in forward_parameters(model) else {}
 
 
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether the float64 sums of tensors are finite, which is False if a tensor contains NaN or infinite values.
+
+    The host waits for the devices once.
+    """
+    sums = [tensor.sum(dtype=torch.float64) for tensor in tensors]
+    return bool(torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()) if sums else True
+
+
 def require_finite(state: Tensor, real: Tensor, where: str, number: int) -> None:
     """Raise unless the real tokens of a hidden state of shape (batch, tokens, features) are finite."""
-    if not torch.isfinite(state.sum(dtype=torch.float64)) and not torch.isfinite(state[real.to(state.device)]).all():
+    if not all_finite([state]) and not torch.isfinite(state[real.to(state.device)]).all():
         raise StreamlineError(
             f"The state that {where} contains NaN or infinite values (batch {number}). Expected finite values. Check "
             "the weights of the blocks before it, or run the model in float32 or bfloat16."

@@ -34,6 +34,7 @@ from streamline_hooks.modeling import (
     OutermostCall,
     ReadHook,
     WatchedMask,
+    all_finite,
     by_token,
     closing_generator,
     find_stack,
@@ -442,14 +443,16 @@ class HiddenStateRecorder:
 
     def _require_finite(self, real: Tensor, number: int) -> None:
         """Raise for the first state of the forward pass that is not finite at a real token."""
-        seen: set[int] = set()  # the output of a block is usually the same tensor as the input of the next
+        states: dict[int, tuple[str, int, Tensor]] = {}  # the output of a block is usually the input of the next
         for k in self.blocks:
             for site, by_block in self._by_block.items():
                 text = {"block.input": "enters", "block.output": "leaves"}.get(site, f"is the {site} of")
                 for state in by_block.get(k, ()):
-                    if id(state) not in seen:
-                        seen.add(id(state))
-                        require_finite(by_token(state, self.stack[k]), real, f"{text} block {k}", number)
+                    states.setdefault(id(state), (f"{text} block {k}", k, state))
+        if all_finite([state for _, _, state in states.values()]):
+            return
+        for text, k, state in states.values():
+            require_finite(by_token(state, self.stack[k]), real, text, number)
 
     def _lists(self) -> Iterator[list[Tensor]]:
         for by_block in self._by_block.values():

@@ -180,7 +180,7 @@ class ProjectionMoments(WindowMoments):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs)
         self.xd = torch.zeros(inputs, outputs, dtype=torch.float64)
-        self.removed = 0.0
+        self._removed = torch.zeros((), dtype=torch.float64)
 
     def add(self, features: Tensor, outputs: Tensor, inputs: Tensor, targets: Tensor) -> None:
         """Add features of shape (tokens, inputs), and outputs, inputs and targets of shape (tokens, outputs)."""
@@ -190,14 +190,23 @@ class ProjectionMoments(WindowMoments):
         self.xx, self.xd = self.xx.to(f.device), self.xd.to(f.device)
         self.xx.addmm_(f.T, f)
         self.xd.addmm_(f.T, e)
-        self.dd += float(e.square().sum())
-        self.removed += float(((y - x) / norm).square().sum())
+        self._dd = self._dd.to(f.device) + e.square().sum()
+        self._removed = self._removed.to(f.device) + ((y - x) / norm).square().sum()
         self.tokens += len(y)
 
     def merge(self, other: Self) -> None:
         """Add the sums of other moments."""
         super().merge(other)
-        self.removed += other.removed
+        self._removed = self._removed + other._removed.to(self._removed.device)
+
+    @property
+    def removed(self) -> float:
+        """The sum Σ w‖y − x‖²."""
+        return float(self._removed)
+
+    @removed.setter
+    def removed(self, value: float) -> None:
+        self._removed = torch.tensor(value, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums as values that can be stored."""

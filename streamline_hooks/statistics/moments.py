@@ -44,7 +44,16 @@ class WindowMoments:
         self.tokens = 0
         self.xx = torch.zeros(features, features, dtype=torch.float64)
         self.xd = torch.zeros(features, features, dtype=torch.float64)
-        self.dd = 0.0
+        self._dd = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def dd(self) -> float:
+        """The sum Σ w ‖δ‖²."""
+        return float(self._dd)
+
+    @dd.setter
+    def dd(self, value: float) -> None:
+        self._dd = torch.tensor(value, dtype=torch.float64)
 
     def update(self, entering: Tensor, leaving: Tensor, mask: Tensor, *, relative_to: Tensor | None = None) -> None:
         """Add one batch.
@@ -79,7 +88,7 @@ class WindowMoments:
             x, d = x / norm, (y - x) / norm
             self.xx.addmm_(x.T, x)
             self.xd.addmm_(x.T, d)
-            self.dd += float(d.square().sum())
+            self._dd = self._dd.to(x.device) + d.square().sum()
             self.tokens += len(x)
 
     def merge(self, other: Self) -> None:
@@ -92,7 +101,7 @@ class WindowMoments:
         self.tokens += other.tokens
         self.xx = self.xx + other.xx.to(self.xx.device)
         self.xd = self.xd + other.xd.to(self.xd.device)
-        self.dd += other.dd
+        self._dd = self._dd + other._dd.to(self._dd.device)
 
     def error(self, map_: Tensor) -> float:
         """Return the mean relative squared error of the repair x ↦ x + Wᵀx.

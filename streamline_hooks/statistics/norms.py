@@ -87,7 +87,7 @@ class StateNorms:
         entering = norm[:, :-1] > 0
         relative = torch.where(entering, change / norm[:, :-1], 0.0)
         sums = [values.sum(dim=0) for values in (norm, relative, entering)]
-        return torch.cat([*sums, gram.new_tensor([len(gram)])]).cpu()
+        return torch.cat([*sums, gram.new_tensor([len(gram)])])
 
 
 _BUCKETS = 20
@@ -130,13 +130,14 @@ class StateEntropy:
         scaled = torch.empty(tokens, features, dtype=dtype, device=device)
         bucket = torch.empty(tokens, features, dtype=torch.int32, device=device)
         offset = torch.arange(features, dtype=torch.int32, device=device) * _BUCKETS
-        entropies = []
+        counts = []
         for state in states:
             scaled.copy_(state)
             minimum = scaled.amin(dim=0)
             scale = _BUCKETS / (scaled.amax(dim=0) - minimum)
             scale.masked_fill_(~scale.isfinite(), 0.0)  # constant features
             bucket.copy_(scaled.sub_(minimum).mul_(scale).clamp_max_(_BUCKETS - 1)).add_(offset)
-            counts = torch.bincount(bucket.flatten(), minlength=features * _BUCKETS)
-            entropies.append(torch.special.entr(counts.cpu().to(torch.float64) / tokens).sum() / features)
+            counts.append(torch.bincount(bucket.flatten(), minlength=features * _BUCKETS))
+        fractions = torch.stack(counts).cpu().to(torch.float64) / tokens
+        entropies = [torch.special.entr(row).sum() / features for row in fractions]
         return torch.stack([*entropies, torch.ones((), dtype=torch.float64)]) * tokens

@@ -101,7 +101,7 @@ class StateSimilarity:
         cosine.div_(norm[:, rows]).div_(norm[:, columns]).nan_to_num_(nan=0.0)
         cosine.masked_fill_(cosine > 1.0 - _ROUNDING, 1.0).clamp_min_(-1.0)
         summed = [cosine.sum(dim=0), cosine.arccos_().sum(dim=0) / math.pi]
-        return torch.cat([*summed, summed[0].new_tensor([len(gram)])]).cpu()
+        return torch.cat([*summed, summed[0].new_tensor([len(gram)])])
 
     def _matrices(self, values: Tensor, diagonal: float) -> Tensor:
         matrices = torch.full((len(values), self.num_boundaries, self.num_boundaries), diagonal, dtype=torch.float64)
