@@ -93,6 +93,15 @@ class StateNorms:
 _BUCKETS = 20
 
 
+def _counts(values: Tensor, size: int) -> Tensor:
+    """Return how often each number below `size` occurs."""
+    if values.device.type == "cpu":
+        return torch.bincount(values, minlength=size)
+    # torch.bincount reads the largest value, for which the host would wait.
+    counts = torch.zeros(size, dtype=torch.long, device=values.device)
+    return counts.scatter_add_(0, values.long(), torch.ones_like(values, dtype=torch.long))
+
+
 class StateEntropy:
     """Entropy of the hidden states at each boundary, by the bucket estimator of EntroDrop (arXiv 2504.03794).
 
@@ -137,7 +146,7 @@ class StateEntropy:
             scale = _BUCKETS / (scaled.amax(dim=0) - minimum)
             scale.masked_fill_(~scale.isfinite(), 0.0)  # constant features
             bucket.copy_(scaled.sub_(minimum).mul_(scale).clamp_max_(_BUCKETS - 1)).add_(offset)
-            counts.append(torch.bincount(bucket.flatten(), minlength=features * _BUCKETS))
+            counts.append(_counts(bucket.flatten(), features * _BUCKETS))
         fractions = torch.stack(counts).cpu().to(torch.float64) / tokens
         entropies = [torch.special.entr(row).sum() / features for row in fractions]
         return torch.stack([*entropies, torch.ones((), dtype=torch.float64)]) * tokens

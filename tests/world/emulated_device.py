@@ -1,0 +1,130 @@
+"""An accelerator that is emulated on the CPU, to run code for GPUs where there is none.
+
+Inside `emulated_device`, tensors may be on ``torch.device("emulated")``. They hold a tensor of the CPU, on which all
+operations run. As on a GPU, an operation on tensors of two devices raises an error, and reads of values make the host
+wait, which is counted. Autograd, optimizers and `generate` work. Registering the device changes PyTorch for the whole
+process: `torch.accelerator` has it afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "emulated"
+IS_SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+_MIXING = ("aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put", "aten::index_put_")
+_WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::bincount")
+
+
+class EmulatedTensor(Tensor):
+    """A tensor on the emulated device, with the size and strides of a tensor on the CPU."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> EmulatedTensor:
+        """Wrap a tensor on the CPU."""
+        tensor: EmulatedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=torch.device(NAME, 0),
+        )
+        tensor.raw = raw
+        return tensor
+
+    def __repr__(self, **_: Any) -> str:
+        return f"EmulatedTensor({self.raw})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run_on_cpu(func, args, kwargs or {}, Counter())
+
+
+def run_on_cpu(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]) -> Any:
+    """Run an operation on the tensors of the CPU, and wrap its results if its inputs were on the emulated device."""
+    name = func._schema.name
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    emulated = [tensor for tensor in tensors if isinstance(tensor, EmulatedTensor)]
+    others = [tensor for tensor in tensors if not isinstance(tensor, EmulatedTensor) and tensor.ndim]
+    if emulated and others and name not in _MIXING:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu in {name}.")
+    device = kwargs.get("device")
+    wraps = bool(emulated) if device is None else _is_emulated(device)
+    if name == "aten::copy_":
+        wraps = isinstance(args[0], EmulatedTensor)
+    if device is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if emulated and (name in _WAITING or (name in ("aten::_to_copy", "aten::copy_") and not wraps)):
+        waits[name] += 1
+    if emulated and name.startswith("aten::index") and any(t.dtype == torch.bool for t in tensors[1:]):
+        waits["mask"] += 1
+    output = func(*tree_map(_raw_of, args), **tree_map(_raw_of, kwargs))
+    same = {id(tensor.raw): tensor for tensor in emulated}  # the result of an operation in place is its input
+
+    def wrap(value: Any) -> Any:
+        if not wraps or not isinstance(value, Tensor):
+            return value
+        return same[id(value)] if id(value) in same else EmulatedTensor(value)
+
+    return tree_map(wrap, output)
+
+
+class _Operations(TorchDispatchMode):
+    """Run all operations, also those that create tensors on the emulated device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run_on_cpu(func, args, kwargs or {}, self.waits)
+
+
+class _Functions(TorchFunctionMode):
+    """Run functions that PyTorch does not dispatch as operations."""
+
+    def __init__(self, waits: Counter[str]) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and _is_emulated(kwargs.get("device")):
+            return func(*args, **{**kwargs, "device": "cpu"}).to(NAME)
+        if func is Tensor.new_tensor and isinstance(args[0], EmulatedTensor):
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(NAME)
+        if func is Tensor.tolist and isinstance(args[0], EmulatedTensor):
+            self.waits["tolist"] += 1
+            return args[0].raw.tolist()
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def emulated_device() -> Iterator[Counter[str]]:
+    """Make the device available; yield a count of the operations for which the host waits, by name."""
+    if not hasattr(torch, NAME):
+        backend_registration._setup_privateuseone_for_python_backend(NAME)
+    operations = _Operations()
+    with operations, _Functions(operations.waits):
+        yield operations.waits
+
+
+def _is_emulated(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
+
+
+def _raw_of(value: Any) -> Any:
+    return value.raw if isinstance(value, EmulatedTensor) else value
