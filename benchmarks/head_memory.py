@@ -86,7 +86,9 @@ def measure(way: str, tokens: int, removed: int) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     counts = {"calibration": tokens, "validation": DataConfig().validation_tokens, "test": DataConfig().test_tokens}
     parts = {
-        name: split_into_batches(torch.randint(3, 262_000, (count // SEQUENCE, SEQUENCE), generator=random), BATCH)
+        name: split_into_batches(
+            torch.randint(3, SHAPE["vocab_size"], (count // SEQUENCE, SEQUENCE), generator=random), BATCH
+        )
         for name, count in counts.items()
     }
     started = time.perf_counter()
@@ -95,7 +97,6 @@ def measure(way: str, tokens: int, removed: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "loaded": loaded,
         "peak": peaks()["VmHWM"],
-        "weights": 4 * 640 * 262_144 + 4 * sum(p.numel() for block in model.model.layers for p in block.parameters()),
         "stages": result.seconds,
         "removed": list(result.plan.removed),
         "distance": result.candidates[0].distance,
