@@ -27,6 +27,7 @@ from streamline_hooks.modeling import (
     VariantOutputs,
     find_stack,
     get_logits,
+    inference,
     sum_order_tolerance,
 )
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder
@@ -93,16 +94,18 @@ def last_state(model: nn.Module, stack: str, run: Callable[[], Any]) -> Tensor:
 def agrees_with_forward(model: nn.Module, stack: str, batch: Batch | Tensor) -> bool:
     """Whether `head_of` computes the logits of a forward, for each token alone, on a few tokens of a batch."""
     ids = get_input_ids(batch)[:1, :_PROBED_TOKENS]
-    with HiddenStateRecorder(model, [-1], sites=["block.output"], stack=stack) as record:
-        expected = get_logits(record(input_ids=ids, attention_mask=torch.ones_like(ids)))[0]
-    ((state,),) = record.outputs.values()
-    if state.ndim != 3 or state.shape[:2] != ids.shape:
-        return False
-    try:
-        logits = torch.cat([head_of(model, stack)(part) for part in state[0].split(1)])
-    except (StreamlineError, RuntimeError):
-        return False
-    return _is_close(logits, expected)
+    record = HiddenStateRecorder(model, [-1], sites=["block.output"], stack=stack)
+    with inference(model):
+        with record:
+            expected = get_logits(record(input_ids=ids, attention_mask=torch.ones_like(ids)))[0]
+        ((state,),) = record.outputs.values()
+        if state.ndim != 3 or state.shape[:2] != ids.shape:
+            return False
+        try:
+            logits = torch.cat([head_of(model, stack)(part) for part in state[0].split(1)])
+        except (StreamlineError, RuntimeError):
+            return False
+        return _is_close(logits, expected)
 
 
 def require_token_by_token(stack: BlockStack, head: Head, state: Tensor) -> None:

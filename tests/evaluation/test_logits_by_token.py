@@ -32,6 +32,9 @@ FAMILIES = ("llama", "gpt2", "gemma3_text", "cohere", "opt", "granite", "bloom",
 """With tied and untied heads, scaled and capped logits, post-norms, mixtures of experts and recurrent blocks."""
 
 
+DROPOUT: dict[str, dict[str, float]] = {"gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5}, "opt": {"dropout": 0.5}}
+
+
 def candidates(model: nn.Module) -> list[Candidate]:
     torch.manual_seed(1)
     linear = LinearReplacement(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
@@ -59,7 +62,8 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[int]]:
 def test_distances_and_perplexities_are_those_of_whole_batches(
     family: str, sizes: Callable[[nn.Module], list[int]]
 ) -> None:
-    model = tiny_model(family)
+    model = tiny_model(family, **DROPOUT.get(family, {}))
+    model.train()  # as left by a training script
     batches = [tokens(2, 11), left_padded(3, 11), padded([4, 9], "right")]
     own = candidates(model)
     expected = distances_of_candidates(model, batches, own), perplexity_of_candidates(model, batches, own)
