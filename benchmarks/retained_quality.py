@@ -22,6 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.generation_numbers import mean_of
+from benchmarks.muon import muon_instead_of_adamw
 from benchmarks.quality_scores import CLEARLY, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments, heldout
 from benchmarks.scored_tasks import LAST_WORD, ScoredTasks
@@ -79,12 +81,22 @@ SETTINGS = replace(BEST.distillation or DistillationConfig(), validations=4)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A repair: its replacement, distillation and healing, those of the preset `best` by default."""
+    """A repair; the defaults are those of the preset `best`.
+
+    Attributes
+    ----------
+    repair, distillation, healing : optional
+    removes : bool
+        False for the control, which trains the blocks from the cut on without removing any.
+    muon : bool
+        Whether matrices are trained by `benchmarks.muon` instead of AdamW.
+    """
 
     repair: ReplacementConfig = BEST.repair
     distillation: DistillationConfig | None = SETTINGS
     healing: HealingConfig | None = BEST.healing
     removes: bool = True
+    muon: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -101,6 +113,7 @@ RECIPES: dict[str, Recipe] = {
     "all blocks healed": Recipe(healing=replace(BEST.healing or HealingConfig(), where="all")),
     "all blocks healed by LoRA": Recipe(healing=HealingConfig("lora", learning_rate_ratio=0.2)),
     "lower learning rate": Recipe(distillation=replace(SETTINGS, learning_rate=5e-4)),
+    "Muon": Recipe(muon=True),
 }
 
 
@@ -184,15 +197,16 @@ class Bench:
         student = self.student(recipe, run, window, text)
         report = None
         if recipe.distillation is not None:
-            trained = train(
-                student,
-                split_into_batches(text.train, 1),
-                split_into_batches(text.validation, 2),
-                recipe.distillation.seeded(run.seed),
-                hardware=HARDWARE,
-                checkpoint_file=self.training_file(run),
-                resume=is_resumed,
-            )
+            with muon_instead_of_adamw() if recipe.muon else nullcontext():
+                trained = train(
+                    student,
+                    split_into_batches(text.train, 1),
+                    split_into_batches(text.validation, 2),
+                    recipe.distillation.seeded(run.seed),
+                    hardware=HARDWARE,
+                    checkpoint_file=self.training_file(run),
+                    resume=is_resumed,
+                )
             if trained.stopped:
                 raise SystemExit(f"{run.key}: training stopped early: {trained.stopped}. Run the command to resume.")
             report = trained.report()

@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import retained_quality, scored_tasks
 from benchmarks.last_words import LastWord
+from benchmarks.muon import MuonWithAdamW, muon_instead_of_adamw, orthogonalized
 from benchmarks.retained_quality import LEFT_OUT, RECIPES, paired_scores, table
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from benchmarks.training_text import TrainingText, training_text
@@ -144,3 +145,23 @@ def test_recipes_differ_from_best_in_one_setting() -> None:
     for name, recipe in RECIPES.items():
         changed = [field for field in vars(best) if getattr(recipe, field) != getattr(best, field)]
         assert len(changed) == 1 or name in ("best", "closed form", "KL alone, without healing"), name
+
+
+def test_muon_orthogonalizes_matrices_and_leaves_vectors_to_adamw() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 9)
+    singular = torch.linalg.svdvals(orthogonalized(matrix))
+    assert bool(((singular > 0.6) & (singular < 1.3)).all())
+    vectors = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    weight = nn.Parameter(matrix.clone())
+    for step in range(2):
+        weight.grad = torch.randn(6, 9)
+        for vector in vectors:
+            vector.grad = torch.arange(4.0) + step
+        with muon_instead_of_adamw():
+            optimizers = [torch.optim.AdamW([vectors[0], weight], lr=0.1), torch.optim.AdamW([vectors[1]], lr=0.1)]
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(*vectors) and not torch.equal(vectors[0], torch.ones(4))
+    assert set(optimizers[0].state[weight]) == {"momentum"}
+    assert torch.optim.AdamW is not MuonWithAdamW
