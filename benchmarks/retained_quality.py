@@ -113,6 +113,9 @@ RECIPES: dict[str, Recipe] = {
     "all blocks healed": Recipe(healing=replace(BEST.healing or HealingConfig(), where="all")),
     "all blocks healed by LoRA": Recipe(healing=HealingConfig("lora", learning_rate_ratio=0.2)),
     "lower learning rate": Recipe(distillation=replace(SETTINGS, learning_rate=5e-4)),
+    "with the state after the window": Recipe(
+        distillation=replace(SETTINGS, loss={"kl": 1.0, "lm": 1.0, "relative": 1.0})
+    ),
     "Muon": Recipe(muon=True),
 }
 
