@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.checkpoint.export.plain import write_plain
 from streamline_hooks.checkpoint.safety import CONFIG
-from streamline_hooks.core import StreamlineError, read_json
+from streamline_hooks.core import StreamlineError, get_logger, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,9 @@ _PERIODS: dict[str, tuple[str, int]] = {
     "qwen3_5_moe": ("full_attention_interval", 4),
     "qwen3_next": ("full_attention_interval", 4),
 }
+_WITHOUT_WINDOWS = ("gemma2", "mixtral", "phi3", "qwen2")
+"""Model types of mlx-lm whose blocks all attend to all tokens."""
+logger = get_logger(__name__)
 
 
 def export_mlx(
@@ -38,6 +41,9 @@ def export_mlx(
 
     Transformers 5 writes the settings of rotary positions as ``rope_parameters``. Most model types of mlx-lm read
     ``rope_theta`` and ``rope_scaling`` instead, and compute with a default if these are missing.
+
+    mlx-lm ignores the sliding window of Gemma 2, Mixtral, Phi 3 and Qwen 2, also in the original model. A warning is
+    logged if it is shorter than the longest sequence.
 
     Parameters
     ----------
@@ -69,6 +75,7 @@ def export_mlx(
     True
     """
     check_mlx(model.config)
+    _warn_about_windows(model.config)
     return write_plain(model, folder, tokenizer, overwrite, adapt=_write_settings)
 
 
@@ -89,6 +96,17 @@ def check_mlx(config: Any) -> None:
         f"be wrong. Expected every removed window to have a multiple of {period} blocks, with a kind that adds none "
         "(none, scale, folded, merged). Remove other windows, or serve the model in Transformers, vLLM or ONNX Runtime."
     )
+
+
+def _warn_about_windows(config: Any) -> None:
+    """Warn if mlx-lm ignores a sliding window that long sequences exceed."""
+    text = config.get_text_config()
+    window, longest = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
+    if config.model_type in _WITHOUT_WINDOWS and window and longest and window < longest:
+        logger.warning(
+            f"mlx-lm ignores the sliding window of {config.model_type} models: sequences of more than {window:,} "
+            "tokens have other logits than in Transformers, as with the original model."
+        )
 
 
 def _write_settings(folder: Path) -> None:

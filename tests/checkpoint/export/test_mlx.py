@@ -47,6 +47,17 @@ def shortened(model: Any, window: range, folder: Path) -> Path:
     return save(model, folder)
 
 
+@pytest.mark.parametrize(("window", "warns"), [(WINDOW, True), (None, False)])
+def test_an_ignored_window_is_reported(
+    window: int | None, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = any_tiny_model("mixtral")
+    model.config.sliding_window = window
+    caplog.set_level("WARNING", logger="streamline_hooks")
+    export_mlx(model, tmp_path / "mlx")
+    assert ("sequences of more than 4 tokens" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("model_type", ["gemma3_text", "cohere2"])
 def test_other_attention_is_refused(model_type: str, tmp_path: Path) -> None:
     folder = shortened(sliding(model_type, 13), range(2, 4), tmp_path / "small")
