@@ -9,7 +9,8 @@ on the same text by a verified shortlist. For the choice between recipes, a row 
 on validation documents and on documents of the left-out domain, both from the training text, and synthetic problems of
 the development draw. With ``--final`` it also has the KL divergence and perplexity on the held-out text of each domain,
 and problems, last words and multiple-choice questions of another draw, from which no choice may be made. The recipe
-`control` trains the blocks from the cut on in the original without removing any.
+`control` trains the blocks from the cut on in the original without removing any. A row without final scores is trained
+again for them, so pass ``--final`` at once to rows that need both.
 
 Minutes are CPU time on one thread. Each row is saved to ``benchmarks/results/retained_quality.json`` (of another model:
 ``retained_quality_NAME``) when it is finished, and the table to the same name with ``.md``. Interrupted training runs
@@ -360,7 +361,7 @@ def table(content: Mapping[str, Any]) -> str:
 
 def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        "| recipe | seeds | KL, known | KL, unknown | by seed | problems | validation loss | minutes |",
+        "| recipe | seeds | KL, known | KL, unknown | by seed | problems | validation KL | minutes |",
         f"|{'---|' * 8}",
     ]
     kl = {name: statistics.fmean(row["development"]["kl"]["unseen"] for row in own) for name, own in rows.items()}
@@ -368,7 +369,7 @@ def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[
         own = rows[name]
         known, unknown = ([row["development"]["kl"][kind] for row in own] for kind in ("seen", "unseen"))
         problems = relative_accuracy(paired_scores(content, own, "development"), clearly=CLEARLY)["generation"]
-        losses = [min(v["validated"] for v in row["training"]["history"]) for row in own if row["training"]]
+        losses = [v["distance"] for row in own if row["training"] for v in [_best_validation(row)]]
         cells = [name, _seeds(own), f"{statistics.fmean(known):.3f}", f"{kl[name]:.3f}"]
         cells += [", ".join(f"{nats:.3f}" for nats in unknown), _estimate(problems.above_chance)]
         cells += [f"{statistics.fmean(losses):.3f}" if losses else "", _minutes(own)]
@@ -404,6 +405,11 @@ def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, A
         cells.append(", ".join("-" if s.above_chance is None else f"{s.above_chance.value:.0%}" for s in by_seed))
         lines.append(f"| {' | '.join([*cells, _minutes(own)])} |")
     return lines
+
+
+def _best_validation(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the validation with the lowest loss, whose weights were kept."""
+    return min(row["training"]["history"], key=lambda validation: validation["validated"])
 
 
 def paired_scores(content: Mapping[str, Any], rows: Sequence[dict[str, Any]], draw: str) -> list[PairedScores]:

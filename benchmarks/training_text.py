@@ -47,6 +47,8 @@ def training_text(
     scored = {
         paragraph for path in sorted(_texts(data, "heldout")) for paragraph in paragraphs(path.read_text("utf-8"))
     }
+    if left_out and not (data / "text" / "train" / f"{left_out}.txt").is_file():
+        raise SystemExit(f"{data / 'text' / 'train'} has no domain {left_out!r} to leave out. Expected a file name.")
     paths = sorted(path for path in _texts(data, "train") if path.stem != left_out and only in ("", path.stem))
     if not paths:
         raise SystemExit(f"{data / 'text' / 'train'} has no domain {only!r}. Expected the name of a file without .txt.")

@@ -136,6 +136,8 @@ def test_the_text_has_all_domains_but_one_or_only_one(tmp_path: Path) -> None:
     shares = training_text(tmp_path, tokenizer, 20 * 512, left_out="b").shares
     assert shares == {"a": 10 * 512, "c": 10 * 512}
     assert training_text(tmp_path, tokenizer, 4 * 512, only="b").shares == {"b": 4 * 512}
+    with pytest.raises(SystemExit, match="no domain 'd' to leave out"):
+        training_text(tmp_path, tokenizer, 512, left_out="d")
     with pytest.raises(SystemExit, match="no domain 'd'"):
         training_text(tmp_path, tokenizer, 512, only="d")
 

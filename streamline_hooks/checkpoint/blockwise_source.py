@@ -10,13 +10,12 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from streamline_hooks.checkpoint.offloaded import (
@@ -36,11 +35,9 @@ from streamline_hooks.core import (
     UnsupportedSurgery,
     batches_digest,
     current_processes,
-    prepare_inputs,
     progress_bar,
     read_file,
     validate_arguments,
-    weights_in_memory,
     write_file,
 )
 from streamline_hooks.modeling import (
@@ -53,12 +50,9 @@ from streamline_hooks.modeling import (
     WindowSums,
     closing_generator,
     find_stack,
-    get_logits,
     inference,
-    read_output,
-    write_output,
 )
-from streamline_hooks.surgery import Head, LayerSurgeon, outputs_by_token, require_token_by_token, zero_output
+from streamline_hooks.surgery import lm_head_of, outputs_by_token, require_token_by_token, zero_output
 
 _T = TypeVar("_T")
 ReadState = Callable[[int], Tensor]
@@ -451,41 +445,4 @@ def _outputs_by_token(
                 require_token_by_token(states.stack, head, state[mask])
                 is_checked = True
             each = [v if isinstance(v, UnsupportedSurgery) else partial(v, number) for v in variants]
-            yield from outputs_by_token(batch, mask, state, each, (head, head), bar.update)
-
-
-@contextmanager
-def lm_head_of(stack: BlockStack) -> Iterator[Head]:
-    """Load the modules after the blocks, and yield a function from hidden states (tokens, features) to logits.
-
-    The function is a forward of the model with its last block only, whose output is replaced by the states.
-    """
-    model: Any = stack.model
-    last, head = stack[len(stack) - 1], model.get_output_embeddings()
-    states: list[Tensor] = []
-
-    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        replaced = read_output(output)
-        return write_output(output, states[0].to(device=replaced.device, dtype=replaced.dtype, copy=True))
-
-    with ExitStack() as entered:
-        entered.enter_context(weights_in_memory(last))
-        if isinstance(head, nn.Module):
-            entered.enter_context(weights_in_memory(head))
-        surgeon = entered.enter_context(LayerSurgeon(model, stack.path, probe=False))
-        if len(stack) > 1:
-            surgeon.remove(range(len(stack) - 1))
-        entered.callback(last.register_forward_hook(leave).remove)
-        entered.enter_context(inference(model))
-
-        def logits(state: Tensor) -> Tensor:
-            states[:] = [state[None]]
-            ids = torch.zeros(1, len(state), dtype=torch.long)  # the logits do not depend on them
-            try:
-                return get_logits(
-                    model(**prepare_inputs(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-                )[0]
-            finally:
-                states.clear()
-
-        yield logits
+            yield from outputs_by_token(number, batch, mask, state, each, (head, head), bar.update)

@@ -176,8 +176,9 @@ class TrainingLoop:
         counts = self.work.all_gather_object(rank_counts)
         self.tokens_of_states = {n: sum(tokens.get(n, 0) for tokens in counts) for n in range(len(self.batches))}
         self.longest = max(self.work.all_gather_object(max(self.share.longest, self.validation_share.longest)))
-        within_memory = [rows_within_memory(self.student.model, batch) for batch in (*self.batches, *self.validation)]
-        self.rows = min(self.longest, *within_memory)  # sequences per forward; reduced if memory is insufficient
+        rows = [(batch_rows(b), rows_within_memory(self.student.model, b)) for b in (*self.batches, *self.validation)]
+        # Sequences per forward, fewer if the logits of a batch are large; reduced further if memory is insufficient.
+        self.rows = min([self.longest, *(few for count, few in rows if few < count)])
 
     def run(self, resume: bool) -> TrainingResult:
         """Run the remaining steps, from the start or from the checkpoint file, and keep the global random state."""

@@ -86,12 +86,12 @@ def distances_of_variants(
         nullcontext() if original is None else inference(original),
         source.outputs(batches, variants, desc, original) as outputs,
     ):
-        for number, at in enumerate(outputs):
+        for at in outputs:
             reference = reference_outputs(task, task.answers(at.output, at.batch))  # shared by all variants
             if is_surgery and not torch.isfinite(reference.sum(dtype=torch.float64)):
                 raise StreamlineError(
-                    f"The original's logits contain NaN or infinite values (batch {number}). Expected finite logits. "
-                    "Run in float32 or bfloat16."
+                    f"The original's logits contain NaN or infinite values (batch {at.number}). Expected finite "
+                    "logits. Run in float32 or bfloat16."
                 )
             answers += len(reference)
             for k, run in enumerate(at.variants):

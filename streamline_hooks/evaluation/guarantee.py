@@ -437,5 +437,6 @@ def _document_losses(
             mask = task.answer_mask(batch)
             mask = padding_mask(batch) if mask is None and not isinstance(batch, Tensor) else mask
             counts = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
-            losses += [float(row.mean()) for row in values.split(counts) if len(row)]
+            means = [row.mean() for row in values.split(counts) if len(row)]
+            losses += torch.stack(means).tolist() if means else []
     return losses

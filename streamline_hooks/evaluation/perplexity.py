@@ -123,7 +123,7 @@ def perplexity_of_candidates(
 def _score_output(at: VariantOutputs, output: Any) -> Perplexity:
     logits = get_logits(output)
     if at.labels is not None:
-        return _score_labels(logits, at.labels)
+        return _score_labels(logits, at.labels.to(logits.device))
     fields = {} if isinstance(at.inputs, Tensor) else at.inputs
     return score_tokens(logits, target_ids(at.inputs), fields.get("attention_mask"), fields.get("position_ids"))
 

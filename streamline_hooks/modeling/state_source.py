@@ -82,11 +82,13 @@ class VariantOutputs:
     inputs : mapping or torch.Tensor
         The keyword arguments of the forward; `batch` if they were not completed.
     output : Any
-        The return value of the model's forward, or logits of shape (1, tokens, vocabulary).
+        The return value of the model's forward, or an object with ``logits`` of shape (1, tokens, vocabulary).
     variants : sequence of callable
         One for each variant: returns its output, or raises `UnsupportedSurgery`. Call each at most once, in order.
     labels : torch.Tensor or None
         The next tokens, of shape (1, tokens), if `batch` has the ids of a few tokens; otherwise None.
+    number : int
+        Index of the batch.
     """
 
     batch: Batch | Tensor
@@ -94,6 +96,7 @@ class VariantOutputs:
     output: Any
     variants: Sequence[Callable[[], Any]]
     labels: Tensor | None = None
+    number: int = 0
 
 
 class WindowSums(Protocol):

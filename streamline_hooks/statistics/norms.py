@@ -87,7 +87,7 @@ class StateNorms:
         entering = norm[:, :-1] > 0
         relative = torch.where(entering, change / norm[:, :-1], 0.0)
         sums = [values.sum(dim=0) for values in (norm, relative, entering)]
-        return torch.cat([*sums, gram.new_tensor([len(gram)])])
+        return torch.cat([*sums, gram.new_full((1,), len(gram))])
 
 
 _BUCKETS = 20

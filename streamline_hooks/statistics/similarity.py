@@ -39,6 +39,7 @@ def token_grams(states: Sequence[Tensor], chosen: Tensor) -> Tensor:
     gathered = torch.empty(size, num_boundaries, first.shape[1], dtype=torch.float64, device=device)
     for start in range(0, len(chosen), size):
         part = as_slice_if_consecutive(chosen[start : start + size])
+        part = part if isinstance(part, slice) else part.to(first.device)
         filled = gathered[: min(size, len(chosen) - start)]
         for k, state in enumerate(states):
             filled[:, k].copy_(state[part])
@@ -94,18 +95,18 @@ class StateSimilarity:
         return self.sums.rows / self.count[:, None]
 
     def _sums_of(self, gram: Tensor) -> Tensor:
-        rows, columns = self._pairs.to(gram.device)
+        rows, columns = self._pairs = self._pairs.to(gram.device)
         norm = gram.diagonal(dim1=1, dim2=2).sqrt()
         cosine = gram.flatten(1)[:, rows * self.num_boundaries + columns]
         # Divide twice, because the product of two norms may overflow.
         cosine.div_(norm[:, rows]).div_(norm[:, columns]).nan_to_num_(nan=0.0)
         cosine.masked_fill_(cosine > 1.0 - _ROUNDING, 1.0).clamp_min_(-1.0)
         summed = [cosine.sum(dim=0), cosine.arccos_().sum(dim=0) / math.pi]
-        return torch.cat([*summed, summed[0].new_tensor([len(gram)])])
+        return torch.cat([*summed, gram.new_full((1,), len(gram))])
 
     def _matrices(self, values: Tensor, diagonal: float) -> Tensor:
         matrices = torch.full((len(values), self.num_boundaries, self.num_boundaries), diagonal, dtype=torch.float64)
-        rows, columns = self._pairs
+        rows, columns = self._pairs.cpu()
         matrices[:, rows, columns] = matrices[:, columns, rows] = values
         return matrices
 
@@ -156,6 +157,8 @@ class StateSums:
         self.norms.update(by_sequence, weights)
         self.last.update(ends.split(1), weights)
         runs = [(row, as_slice_if_consecutive(mask[row].nonzero().flatten())) for row in rows.tolist()]
+        device = states[0].device
+        runs = [(row, run if isinstance(run, slice) else run.to(device)) for row, run in runs]
         # One sequence at a time, because tokens that are not consecutive are copied.
         self.entropy.update(([state[row][run] for state in states] for row, run in runs), weights)
 

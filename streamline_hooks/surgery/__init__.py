@@ -59,7 +59,7 @@ from streamline_hooks.surgery.spliced_model import (
 )
 from streamline_hooks.surgery.surgeon import LayerSurgeon
 from streamline_hooks.surgery.token_outputs import (
-    Head,
+    lm_head_of,
     outputs_by_token,
     require_token_by_token,
     rows_within_memory,
@@ -86,7 +86,6 @@ __all__ = [
     "DepthCuts",
     "Edits",
     "Hazard",
-    "Head",
     "LayerSurgeon",
     "ModelSource",
     "PromptSkip",
@@ -117,6 +116,7 @@ __all__ = [
     "find_zeros",
     "foldable",
     "is_splice_parameter",
+    "lm_head_of",
     "match_block",
     "matched_dtype",
     "outputs_by_token",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
 
@@ -35,10 +36,11 @@ from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.splice import BEFORE, run_splices
 from streamline_hooks.surgery.token_outputs import (
     agrees_with_forward,
-    exceeds_memory,
-    head_of,
+    has_large_logits,
     last_state,
+    lm_head_of,
     outputs_by_token,
+    split_large_batches,
 )
 
 
@@ -139,11 +141,12 @@ class ModelSource(StateSource):
                 bar.update(count)
                 return output
 
-            for batch, count in zip(batches, tokens, strict=True):
+            for number, (batch, count) in enumerate(zip(batches, tokens, strict=True)):
                 inputs = prepare_inputs(model, batch)
                 output = reference(**prepare_inputs(reference, batch))
                 bar.update(count)
-                yield VariantOutputs(batch, inputs, output, [partial(run, each, inputs, count) for each in variants])
+                each = [partial(run, variant, inputs, count) for variant in variants]
+                yield VariantOutputs(batch, inputs, output, each, number=number)
 
     def _candidate_outputs(
         self, batches: Batches, candidates: Sequence[Candidate], desc: str, original: nn.Module | None
@@ -157,19 +160,18 @@ class ModelSource(StateSource):
                 bar.update(count_tokens(batch))
                 return output
 
-            for batch, recorded in zip(batches, passed, strict=True):
+            for number, (batch, recorded) in enumerate(zip(batches, passed, strict=True)):
                 bar.update(count_tokens(batch))
                 each = [partial(run, candidate, batch) for candidate in candidates]
                 output = recorded.output if original is None else original(**prepare_inputs(original, batch))
-                yield VariantOutputs(batch, batch, output, each)
+                yield VariantOutputs(batch, batch, output, each, number=number)
 
     def _runs_by_token(self, batches: Batches, original: nn.Module | None) -> bool:
         """Whether the logits of a batch are large, and can be computed for a few tokens at a time."""
-        models = [self.model] if original is None else [self.model, original]
-        path = self.stack.path
-        return exceeds_memory(self.model, batches) and all(
-            agrees_with_forward(model, path, batches[0]) for model in models
-        )
+        if not has_large_logits(self.model, batches):
+            return False
+        models, path = [self.model] if original is None else [self.model, original], self.stack.path
+        return all(agrees_with_forward(model, path, batches) for model in models)
 
     def _outputs_by_token(
         self, batches: Batches, variants: Sequence[Variant], desc: str, original: nn.Module | None
@@ -178,10 +180,10 @@ class ModelSource(StateSource):
         model, path = self.model, self.stack.path
         reference = model if original is None else original
         starts = _starts([variant for variant in variants if isinstance(variant, Candidate)])
-        heads = head_of(reference, path), head_of(model, path)
         total = (1 + len(variants)) * sum(map(count_tokens, batches))
         with inference(model), inference(reference), progress_bar(total, desc) as bar:
-            for batch in batches:
+            parts = [(n, part) for n, batch in enumerate(batches) for part in split_large_batches(model, [batch])]
+            for number, batch in parts:  # parts, because the states of all variants are in memory
                 blocks = [*starts, -1] if original is None else [-1]
                 record = HiddenStateRecorder(reference, blocks, stop=True, stack=path)
                 with record.over([batch]) as passed:
@@ -196,7 +198,11 @@ class ModelSource(StateSource):
                         states.append(partial(_same, self._last_state(variant, record, batch)))
                     except UnsupportedSurgery as error:
                         states.append(error)
-                yield from outputs_by_token(batch, real, state, states, heads, bar.update)
+                record.clear()
+                with ExitStack() as opened:
+                    head = opened.enter_context(lm_head_of(find_stack(model, path)))
+                    own = head if original is None else opened.enter_context(lm_head_of(find_stack(original, path)))
+                    yield from outputs_by_token(number, batch, real, state, states, (own, head), bar.update)
 
     def _last_state(self, variant: Variant, record: HiddenStateRecorder, batch: Batch | Tensor) -> Tensor:
         """Return the state of a variant after the last block."""

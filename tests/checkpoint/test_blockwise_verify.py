@@ -13,7 +13,6 @@ from torch import nn
 
 from streamline_hooks import StreamlineError, UnsupportedSurgery, find_stack, load
 from streamline_hooks.checkpoint import BlockwiseSource, blockwise_source
-from streamline_hooks.checkpoint.blockwise_source import lm_head_of
 from streamline_hooks.checkpoint.offloaded import open_checkpoint
 from streamline_hooks.checkpoint.streaming import BlockwisePass
 from streamline_hooks.cli import parse_replacement
@@ -22,6 +21,7 @@ from streamline_hooks.evaluation import perplexity_of_candidates
 from streamline_hooks.modeling import Candidate, read_input
 from streamline_hooks.repair import NoneConfig
 from streamline_hooks.selection import Selection, Trial, VerifiedSelection, trial_perplexities, verify_shortlist
+from streamline_hooks.surgery import lm_head_of
 from tests.checkpoint.block_by_block import blockwise, calibration, on_disk, reads, written  # noqa: F401
 from tests.repair.own_kinds import register_kind
 from tests.tiny_models import left_padded, padded, tiny_model, tokens

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 from streamline_hooks import DistillationConfig, LayerSurgeon, UnsupportedSurgery, perplexity, train
 from streamline_hooks.data import packed_batches
@@ -24,7 +25,7 @@ from streamline_hooks.evaluation import (
 )
 from streamline_hooks.modeling import Candidate, Task
 from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.surgery import ModelSource
+from streamline_hooks.surgery import ModelSource, split_large_batches
 from streamline_hooks.testing import tiny_model
 from tests.tiny_models import left_padded, padded, tokens
 
@@ -87,7 +88,10 @@ def test_packed_documents_and_ignored_labels_count_as_in_whole_batches(
     expected = perplexity(model, batches)
     counted = sizes(model)
     result = perplexity(model, batches)
-    assert counted and (result.tokens, result.nll) == (expected.tokens, pytest.approx(expected.nll, rel=1e-5))
+    assert max(counted[1:]) == 3 and (result.tokens, result.nll) == (
+        expected.tokens,
+        pytest.approx(expected.nll, rel=1e-5),
+    )
 
 
 def test_another_model_may_be_the_reference(sizes: Callable[[nn.Module], list[int]]) -> None:
@@ -99,7 +103,7 @@ def test_another_model_may_be_the_reference(sizes: Callable[[nn.Module], list[in
     expected = distances_of_candidates(model, batches, own, original=original)
     counted = sizes(model), sizes(original)
     result = distances_of_candidates(model, batches, own, original=original)
-    assert result == pytest.approx(expected, rel=1e-4) and all(counted)
+    assert result == pytest.approx(expected, rel=1e-4) and all(max(sizes[1:]) == 3 for sizes in counted)
     assert result != pytest.approx(distances_of_candidates(model, batches, own), rel=1e-2)
 
 
@@ -127,9 +131,10 @@ def test_surgeries_and_refusals_are_variants(sizes: Callable[[nn.Module], list[i
     assert isinstance(second, UnsupportedSurgery) and len(model.model.layers) == 8  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("fault", ["other tokens", "input ids"])
 def test_a_model_whose_logits_depend_on_more_than_the_state_runs_whole(
-    fault: str, sizes: Callable[[nn.Module], list[int]]
+    fault: str, is_padded: bool, sizes: Callable[[nn.Module], list[int]]
 ) -> None:
     model: Any = tiny_model("llama")
     if fault == "other tokens":
@@ -138,10 +143,13 @@ def test_a_model_whose_logits_depend_on_more_than_the_state_runs_whole(
         embedded: list[torch.Tensor] = []
         model.model.embed_tokens.register_forward_hook(lambda _, __, output: embedded.append(output))
         model.model.norm.register_forward_hook(lambda _, __, output: output + embedded.pop())
-    batches, own = [tokens(2, 11)], [Candidate(range(1, 3))]
+    ids = torch.cat([torch.zeros(2, 9, dtype=torch.long), tokens(2, 11)], dim=1)  # more padding than tokens compared
+    left = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    batches, own = [left if is_padded else tokens(2, 11)], [Candidate(range(1, 3))]
     expected = distances_of_candidates(model, batches, own)
     counted = sizes(model)
-    assert distances_of_candidates(model, batches, own) == expected and 22 in counted
+    assert distances_of_candidates(model, batches, own) == expected
+    assert counted[-1] == (40 if is_padded else 22)
 
 
 def test_models_are_compared_with_as_many_sequences_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,21 +173,45 @@ def test_models_are_compared_with_as_many_sequences_as_fit(monkeypatch: pytest.M
 
 def test_training_runs_as_many_sequences_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, rows = [], []
+    short = tokens(1, 9)  # the last batch of a text has fewer sequences, which must not limit the others
     for limit in (2**29, 9 * 64 * 4):
         monkeypatch.setattr("streamline_hooks.surgery.token_outputs.WHOLE_LOGIT_BYTES", limit)
         model: Any = tiny_model("llama")
         replacement = LinearReplacement(32)
         model.lm_head.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
-        batches = [padded([4, 9, 7], "right"), tokens(3, 9)]
+        batches = [padded([4, 9, 7], "right"), tokens(3, 9), short]
         train(Student(model, [(range(2, 4), replacement)]), batches, batches[:1], DistillationConfig(validations=1))
         weights.append(replacement.projection.weight)
     assert max(rows[: len(rows) // 3]) == 3 and rows[-1] == 1
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
-def test_classifiers_and_masked_models_run_whole(sizes: Callable[[nn.Module], list[int]]) -> None:
-    model = tiny_model("bert")
-    batches = [tokens(2, 11)]
-    expected = distances_of_candidates(model, batches, [Candidate(range(1, 3))], task=Task.of(model))
-    sizes(model)
-    assert distances_of_candidates(model, batches, [Candidate(range(1, 3))], task=Task.of(model)) == expected
+def test_masked_models_run_whole(sizes: Callable[[nn.Module], list[int]]) -> None:
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=48)
+    model = BertForMaskedLM(config).eval()
+    batches, own = [tokens(2, 11)], [Candidate(range(1, 3))]
+    expected = distances_of_candidates(model, batches, own)
+    counted = sizes(model)
+    assert distances_of_candidates(model, batches, own) == expected and set(counted) == {22}
+
+
+def test_a_stack_is_not_needed_for_small_logits() -> None:
+    class OneBlock(nn.Module):
+        """A model without a stack of blocks."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.embed(input_ids))
+            return logits
+
+    assert perplexity(OneBlock(), [torch.arange(8).view(2, 4)]).tokens == 6
+
+
+def test_batches_with_other_tensors_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamline_hooks.surgery.token_outputs.WHOLE_LOGIT_BYTES", 0)
+    model = tiny_model("llama")
+    batch = {"input_ids": tokens(3, 5), "pixel_values": torch.zeros(7, 4)}
+    assert len(split_large_batches(model, [batch])) == 1 and len(split_large_batches(model, [tokens(3, 5)])) == 3

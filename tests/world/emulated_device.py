@@ -22,8 +22,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "emulated"
 IS_SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-_MIXING = ("aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put", "aten::index_put_")
-_WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::bincount")
+_COPYING = ("aten::_to_copy", "aten::copy_")
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
+_JOINING = ("aten::cat", "aten::stack")
+_WAITING = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::bincount",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::repeat_interleave",
+)
 
 
 class EmulatedTensor(Tensor):
@@ -58,19 +69,31 @@ def run_on_cpu(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]
     name = func._schema.name
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     emulated = [tensor for tensor in tensors if isinstance(tensor, EmulatedTensor)]
-    others = [tensor for tensor in tensors if not isinstance(tensor, EmulatedTensor) and tensor.ndim]
-    if emulated and others and name not in _MIXING:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu in {name}.")
+    others = [tensor for tensor in tensors if not isinstance(tensor, EmulatedTensor)]
+    if emulated and others and name not in _COPYING:
+        # As on a GPU, indices may be on the CPU, and numbers in operations that are neither in place nor join tensors.
+        if name in _INDEXING:
+            is_mixed = not isinstance(tensors[0], EmulatedTensor) or (
+                name != "aten::index" and not isinstance(args[2], EmulatedTensor) and bool(args[2].ndim)
+            )
+        else:
+            in_place = name.endswith("_") and not isinstance(tensors[0], EmulatedTensor)
+            is_mixed = any(t.ndim for t in others) or in_place or name in _JOINING
+        if is_mixed:
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu in {name}.")
     device = kwargs.get("device")
     wraps = bool(emulated) if device is None else _is_emulated(device)
     if name == "aten::copy_":
         wraps = isinstance(args[0], EmulatedTensor)
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if emulated and (name in _WAITING or (name in ("aten::_to_copy", "aten::copy_") and not wraps)):
+    if emulated and (name in _WAITING or (name in _COPYING and not wraps)):
         waits[name] += 1
-    if emulated and name.startswith("aten::index") and any(t.dtype == torch.bool for t in tensors[1:]):
-        waits["mask"] += 1
+    if name in _COPYING and wraps and not isinstance(tensors[-1], EmulatedTensor):
+        waits["upload"] += 1
+    if emulated and name in _INDEXING:
+        waits["mask"] += any(t.dtype == torch.bool for t in tensors[1:])
+        waits["upload"] += any(not isinstance(t, EmulatedTensor) for t in tensors[1:])
     output = func(*tree_map(_raw_of, args), **tree_map(_raw_of, kwargs))
     same = {id(tensor.raw): tensor for tensor in emulated}  # the result of an operation in place is its input
 

@@ -153,6 +153,35 @@ def test_results_are_those_of_the_cpu(name: str) -> None:
     torch.testing.assert_close(torch.as_tensor(result), torch.as_tensor(expected), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["verify", "perplexity"])
+def test_large_logits_are_those_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = tiny_model("llama"), batches_of(2)
+    expected = RUNS[name](copy.deepcopy(model), batches)
+    monkeypatch.setattr("streamline_hooks.surgery.token_outputs.WHOLE_LOGIT_BYTES", 0)
+    monkeypatch.setattr("streamline_hooks.surgery.token_outputs.LOGIT_BYTES", 3 * 64)  # three tokens
+    emulated: Any = model.to(NAME)
+    sizes: list[int] = []
+    emulated.lm_head.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))
+    result = RUNS[name](emulated, on(NAME, batches))
+    torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    assert max(sizes[1:]) == 3
+
+
+MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "sum": lambda here, there: here + there,
+    "sum in place": lambda here, there: torch.zeros(()).add_(there.sum()),
+    "stack of numbers": lambda here, there: torch.stack([here.sum(), there.sum()]),
+    "index of the CPU": lambda here, there: here[there > 0],
+    "value": lambda here, there: there.index_put_((torch.tensor([0, 1]).to(NAME),), here[:2]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_operations_on_two_devices_raise(name: str) -> None:
+    with pytest.raises(RuntimeError, match="same device"):
+        MIXED[name](torch.ones(3), torch.ones(3).to(NAME))
+
+
 @pytest.mark.parametrize("place", ["forward hook", "replacement"])
 def test_a_tensor_on_the_cpu_is_noticed(place: str) -> None:
     """Planted: a tensor that is created without a device."""
