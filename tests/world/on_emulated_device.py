@@ -28,6 +28,7 @@ from streamline_hooks.evaluation import agreement, distances_of_candidates
 from streamline_hooks.modeling import Candidate, find_stack
 from streamline_hooks.repair import insert_replacement
 from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.statistics import WindowMoments
 from streamline_hooks.surgery import PromptSkip, resume
 from streamline_hooks.testing import tiny_model
 from tests.world.emulated_device import NAME, EmulatedTensor, emulated_device
@@ -209,7 +210,7 @@ WAITING: dict[str, tuple[Callable[[Any, Batches], Any], int]] = {
     "verify": (lambda model, batches: distances_of_candidates(model, batches, [Candidate(WINDOW)]), 20),
     "perplexity": (perplexity, 10),
     "agreement": (compared, 20),
-    "train": (RUNS["train"], 40),
+    "train": (RUNS["train"], 45),
 }
 """By step: a function of a model and batches, and the bound of the waits per batch of two sequences."""
 
@@ -261,6 +262,19 @@ def test_a_read_for_each_block_is_noticed(monkeypatch: pytest.MonkeyPatch, waits
 
     monkeypatch.setattr("streamline_hooks.recording.recorder.by_token", reads_state)
     few, many = (waits_per_batch(profile, blocks, 8, waits) for blocks in (4, 7))
+    assert many > few
+
+
+def test_a_read_for_each_token_is_noticed(monkeypatch: pytest.MonkeyPatch, waits: Counter[str]) -> None:
+    """Planted: a value that is read for each token."""
+    update = WindowMoments.update
+
+    def reads_tokens(self: Any, entering: Tensor, leaving: Tensor, mask: Tensor, **options: Any) -> None:
+        assert all(float(token.norm()) > 0 for token in entering.flatten(0, 1))
+        update(self, entering, leaving, mask, **options)
+
+    monkeypatch.setattr(WindowMoments, "update", reads_tokens)
+    few, many = (waits_per_batch(RUNS["fit linear"], 4, tokens, waits) for tokens in (8, 40))
     assert many > few
 
 
