@@ -145,10 +145,8 @@ def last_state(model: nn.Module, stack: str, run: Callable[[], Any]) -> Tensor:
 
 def agrees_with_forward(model: nn.Module, stack: str, batches: Sequence[Batch | Tensor]) -> bool:
     """Whether the head alone computes the logits of a forward on a few tokens, one at a time."""
-    ids = next((few for batch in batches if (few := _few_tokens(batch)) is not None), None)
-    if ids is None:
-        return False
     try:
+        ids = next(few for batch in batches if (few := _few_tokens(batch)) is not None)
         record = HiddenStateRecorder(model, [-1], sites=["block.output"], stack=stack)
         with inference(model):
             with record:
@@ -158,7 +156,7 @@ def agrees_with_forward(model: nn.Module, stack: str, batches: Sequence[Batch | 
                 return False
             with lm_head_of(find_stack(model, stack)) as head:
                 return _is_close(torch.cat([head(part) for part in state[0].split(1)]), expected)
-    except (StreamlineError, RuntimeError, TypeError, ValueError):
+    except (StopIteration, StreamlineError, RuntimeError, TypeError, ValueError):
         return False
 
 
