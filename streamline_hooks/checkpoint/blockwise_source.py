@@ -93,7 +93,7 @@ class BlockwiseSource(StateSource):
 
     Examples
     --------
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> from streamline_hooks import profile
     >>> from streamline_hooks.checkpoint import open_checkpoint
     >>> from streamline_hooks.testing import tiny_model
