@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ def measure(way: str, tokens: int, removed: int) -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.no_grad():
         model = Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE)).eval()
-    loaded = peaks()["VmHWM"]
+    loaded = resident()
     config = CompressionConfig(
         remove=Target(blocks=removed), evaluation=EvaluationConfig(speed=False, generation=False)
     )
@@ -101,6 +103,13 @@ def measure(way: str, tokens: int, removed: int) -> dict[str, Any]:
         "removed": list(result.plan.removed),
         "distance": result.candidates[0].distance,
     }
+
+
+def resident() -> int:
+    """Return the memory of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
 
 
 def table(rows: dict[str, Any], command: str) -> str:
