@@ -226,7 +226,8 @@ def table(rows: dict[str, Any]) -> str:
     lines = [
         "SmolLM2-135M, times and accuracy relative to the original. Accuracy is that of synthetic problems of the "
         "development draw; guessing reaches about 13%. A star marks rows that no other row beats or equals in "
-        "accuracy, both times and size.",
+        "accuracy, both times and size. The rows with 4 removed or 5 skipped blocks were timed while another core was "
+        "busy; the same weights differ by up to a third in the time of a token, so small differences mean nothing.",
         "",
         "| removed | skipped | weights | MB | prompt time | token time | KL text | KL repeated | accuracy |",
         f"|{'---|' * 9}",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import dropout
 from transformers import BertConfig, BertForMaskedLM
 
 from streamline_hooks import DistillationConfig, LayerSurgeon, UnsupportedSurgery, perplexity, train
@@ -31,9 +32,6 @@ from tests.tiny_models import left_padded, padded, tokens
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "cohere", "opt", "granite", "bloom", "gpt_neox", "mixtral", "falcon_h1")
 """With tied and untied heads, scaled and capped logits, post-norms, mixtures of experts and recurrent blocks."""
-
-
-DROPOUT: dict[str, dict[str, float]] = {"gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5}, "opt": {"dropout": 0.5}}
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -63,8 +61,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[int]]:
 def test_distances_and_perplexities_are_those_of_whole_batches(
     family: str, sizes: Callable[[nn.Module], list[int]]
 ) -> None:
-    model = tiny_model(family, **DROPOUT.get(family, {}))
-    model.train()  # as left by a training script
+    model = tiny_model(family)
     batches = [tokens(2, 11), left_padded(3, 11), padded([4, 9], "right")]
     own = candidates(model)
     expected = distances_of_candidates(model, batches, own), perplexity_of_candidates(model, batches, own)
@@ -184,6 +181,19 @@ def test_training_runs_as_many_sequences_at_once_as_fit(monkeypatch: pytest.Monk
         weights.append(replacement.projection.weight)
     assert max(rows[: len(rows) // 3]) == 3 and rows[-1] == 1
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_after_the_blocks_of_a_model_in_training_mode_is_off(
+    sizes: Callable[[nn.Module], list[int]],
+) -> None:
+    model: Any = tiny_model("llama")
+    model.model.norm.register_forward_hook(lambda norm, _, output: dropout(output, 0.5, norm.training))
+    batches, own = [tokens(2, 11)], [Candidate(range(1, 3))]
+    expected = distances_of_candidates(model, batches, own)
+    model.train()
+    counted = sizes(model)
+    assert distances_of_candidates(model, batches, own) == pytest.approx(expected, rel=1e-4)
+    assert max(counted[1:]) == 3
 
 
 def test_masked_models_run_whole(sizes: Callable[[nn.Module], list[int]]) -> None:
