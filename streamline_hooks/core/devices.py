@@ -177,6 +177,16 @@ def to_float64(states: Tensor) -> Tensor:
     return states.to(float64_device(states.device)).to(torch.float64)
 
 
+def rows_at_once(features: int, device: torch.device) -> int:
+    """Return how many rows of `features` float32 values to compute at a time.
+
+    On a CPU the results of a few rows stay in its cache, and no memory is requested for each operation. An accelerator
+    needs more rows, because each operation takes longer to start.
+    """
+    values = 2**20 if device.type == "cpu" else 2**25
+    return max(1, values // max(1, features))
+
+
 def widest_float(device: torch.device) -> torch.dtype:
     """Return the dtype of sums on a device: float64 where supported, else float32."""
     return torch.float64 if float64_device(device) == device else torch.float32

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks.core import (
-    IGNORE_INDEX,
     AllInterrupted,
     Batch,
     DistributedStep,
@@ -37,15 +36,13 @@ from streamline_hooks.core import (
     gather_unless_interrupted,
     get_logger,
     is_text_batch,
-    padding_mask,
     progress_bar,
     retry_with_fewer_rows,
     select_rows,
     shard_rows,
-    shift_labels,
 )
+from streamline_hooks.distillation.batch_losses import BatchLosses
 from streamline_hooks.distillation.config import DistillationConfig
-from streamline_hooks.distillation.losses import summed_logit_loss
 from streamline_hooks.distillation.optimizer import TrainingOptimizer, TrainingSchedule
 from streamline_hooks.distillation.progress import TrainingCallback, TrainingProgress, TrainingResult
 from streamline_hooks.distillation.student import Student
@@ -57,7 +54,7 @@ from streamline_hooks.distillation.training_file import (
     training_fingerprint,
     write_training_file,
 )
-from streamline_hooks.modeling import get_logits, reference_outputs, seed_device, sum_distance
+from streamline_hooks.modeling import seed_device
 from streamline_hooks.surgery import rows_within_memory
 
 logger = get_logger(__name__)
@@ -176,7 +173,10 @@ class TrainingLoop:
         counts = self.work.all_gather_object(rank_counts)
         self.tokens_of_states = {n: sum(tokens.get(n, 0) for tokens in counts) for n in range(len(self.batches))}
         self.longest = max(self.work.all_gather_object(max(self.share.longest, self.validation_share.longest)))
-        rows = [(batch_rows(b), rows_within_memory(self.student.model, b)) for b in (*self.batches, *self.validation)]
+        every = (*self.batches, *self.validation)
+        self.of_batch = BatchLosses.of(self.student, self.config.objective, self.hardware, every, self.sharded)
+        large = () if self.of_batch.by_token else every
+        rows = [(batch_rows(batch), rows_within_memory(self.student.model, batch)) for batch in large]
         # Sequences per forward, fewer if the logits of a batch are large; reduced further if memory is insufficient.
         self.rows = min([self.longest, *(few for count, few in rows if few < count)])
 
@@ -384,85 +384,25 @@ class TrainingLoop:
     def _backward(self, number: int, answers: int, tokens: int) -> float:
         total = 0.0
         for teacher_states, batch in self._split_rows(self.teacher_states[number], self.share.batches[number]):
-            loss = self._loss(teacher_states, batch, answers, tokens)
-            if number in self.share.idle:
-                loss = 0.0 * loss
-            loss.backward()
+            weight = 0.0 if number in self.share.idle else 1.0
+            loss = self.of_batch.loss(teacher_states, batch, answers, tokens, weight)
+            if loss.requires_grad or not self.of_batch.by_token:  # not if only modules after the blocks are trained
+                loss.backward()
             self.weights.collect()
             total += float(loss.detach())
         return total
 
-    def _loss(self, teacher_states: TeacherStates, batch: Batch | Tensor, answers: int, tokens: int) -> Tensor:
-        """Return the loss: the logit term averaged over `answers` plus the hidden-state term averaged over `tokens`."""
-        objective = self.config.objective
-        with self.hardware.autocast_on(self.device):
-            parts = {"logits": objective.needs_logits, "states": objective.needs_states}
-            output, states = self.student.run(teacher_states.entrance, batch, **parts)
-            original = (
-                self.student.original_answers(teacher_states.exit, batch) if objective.needs_original_logits else None
-            )
-        after = [state.to(self.device) for state in teacher_states.after]
-        loss = objective.state_loss(states, after, teacher_states.real.to(self.device)) / max(1, tokens)
-        if output is not None:
-            answer_logits, labels = self.task.answers(output, batch), self._labels(batch, output)
-            loss = loss + objective.output_loss(answer_logits, original, labels) / answers
-        return loss
-
-    def _labels(self, batch: Batch | Tensor, output: Any) -> Tensor | None:
-        """Return the label of each answer of an output, or None if no loss needs labels."""
-        if not self.config.objective.needs_labels:
-            return None
-        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-        key = "labels" if self.task.name == "seq2seq" else "input_ids"
-        if key not in inputs:
-            raise StreamlineError(
-                f"The loss {self.config.objective} needs labels, but a batch has only {', '.join(inputs)}. Expected "
-                f"{key}. Add it to the batches, or use a loss without labels (kl)."
-            )
-        ids = inputs[key].to(get_logits(output).device)
-        if key == "labels":
-            following = ids
-        else:
-            mask = padding_mask(inputs)
-            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-            following = shift_labels(ids, real, inputs.get("position_ids"))
-            if isinstance(labels := inputs.get("labels"), Tensor) and labels.shape == ids.shape:
-                # Positions without a label are not trained on, such as image tokens or the prompt of a conversation.
-                unlabeled = labels.to(ids.device).roll(-1, dims=1) == IGNORE_INDEX
-                following = following.masked_fill(unlabeled, IGNORE_INDEX)
-        answer_labels = self.task.answers(following[..., None], batch)[:, 0]  # select positions as for logits
-        if key == "labels" and (
-            ignored_labels := int((following != IGNORE_INDEX).sum() - (answer_labels != IGNORE_INDEX).sum())
-        ):
-            raise StreamlineError(
-                f"{ignored_labels} labels are at positions that decoder_attention_mask excludes. Expected labels only "
-                f"at positions in the mask. Extend the mask, or set these labels to {IGNORE_INDEX}."
-            )
-        return answer_labels
-
     def validation_sums(self) -> tuple[float, float, int]:
         """Return the sums of the distance and of `Objective.other_losses` on this rank, and its number of answers."""
-        total, other_losses, answers, objective = 0.0, 0.0, 0, self.config.objective
+        total, other_losses, answers = 0.0, 0.0, 0
         with torch.no_grad(), ExitStack() as exits:
             exits.callback(setattr, self.student, "training", True)
             self.student.training = False
             for number, batch in self.validation_share.batches.items():
                 for teacher_states, rows in self._split_rows(self.validation_states[number], batch):
-                    with self.hardware.autocast_on(self.device):
-                        output, _ = self.student.run(teacher_states.entrance, rows, logits=True, states=False)
-                        teacher_answers = self.student.original_answers(teacher_states.exit, rows)
+                    distance, others, count = self.of_batch.validation_sums(teacher_states, rows)
                     if number not in self.validation_share.idle:
-                        student_answers = self.task.answers(output, rows)
-                        if self.task.gives_distributions:
-                            total += float(summed_logit_loss(student_answers, teacher_answers))
-                        else:
-                            total += sum_distance(
-                                self.task, reference_outputs(self.task, teacher_answers), student_answers
-                            )
-                        other_losses += objective.other_losses(
-                            student_answers, teacher_answers, self._labels(rows, output)
-                        )
-                        answers += len(student_answers)
+                        total, other_losses, answers = total + distance, other_losses + others, answers + count
         return total, other_losses, answers
 
     def _split_rows(

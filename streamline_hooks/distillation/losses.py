@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
-from streamline_hooks.core import IGNORE_INDEX, Registry, StreamlineError, validate_arguments, validate_fields
+from streamline_hooks.core import (
+    IGNORE_INDEX,
+    Registry,
+    StreamlineError,
+    rows_at_once,
+    validate_arguments,
+    validate_fields,
+    widest_float,
+)
 from streamline_hooks.modeling import Task
 
 Compares = Literal["states", "logits", "embeddings", "labels"]
@@ -152,9 +160,6 @@ for _loss in (
     register_loss(_loss)
 
 
-_TOKENS_AT_ONCE = 64  # fits into the CPU cache for any vocabulary
-
-
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed negative log-likelihood, in nats, of labels (tokens,) under logits (tokens, vocabulary)."""
     return cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -196,24 +201,25 @@ class _SummedKL(torch.autograd.Function):
         gradient: bool,
     ) -> Tensor:
         forward, reverse, text = weights
-        total = torch.zeros((), dtype=torch.float64, device=repaired.device)
-        for start in range(0, len(repaired), _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
+        wide = widest_float(repaired.device)
+        total = torch.zeros((), dtype=wide, device=repaired.device)
+        rows = rows_at_once(repaired.shape[-1], repaired.device)
+        for start in range(0, len(repaired), rows):
+            part = slice(start, start + rows)
             reference = original[part]
             q, p = repaired[part].float().log_softmax(dim=-1), reference.float().log_softmax(dim=-1)
             if text and labels is not None:
                 has_label = labels[part] != IGNORE_INDEX
                 tokens = labels[part].masked_fill(~has_label, 0)[:, None]
-                total -= text * q.gather(1, tokens)[:, 0].masked_fill(~has_label, 0.0).sum(dtype=torch.float64)
-            p_values = p.exp()
-            difference = p.sub_(q)
-            q = q.exp_()
+                total -= text * q.gather(1, tokens)[:, 0].masked_fill(~has_label, 0.0).sum(dtype=wide)
+            difference = p - q
+            p_values, q = p.exp_(), q.exp_()
             if reverse:
                 weighted = q * difference
                 reverse_sum = -weighted.sum(dim=-1, keepdim=True)
-                total += reverse * reverse_sum.sum(dtype=torch.float64)
+                total += reverse * reverse_sum.sum(dtype=wide)
             if forward:
-                total += forward * difference.mul_(p_values).sum(dtype=torch.float64)
+                total += forward * difference.mul_(p_values).sum(dim=-1).sum(dtype=wide)
             if gradient:
                 part_gradient = p_values.mul_(-forward).add_(q, alpha=forward)
                 if text and labels is not None:

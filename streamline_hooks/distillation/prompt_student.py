@@ -80,6 +80,7 @@ class PromptSkipStudent(Student):
     """
 
     compares_states: ClassVar[bool] = False
+    computes_logits_by_token: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -15,7 +15,17 @@ from streamline_hooks.core import Batch, StreamlineError, describe_blocks
 from streamline_hooks.modeling import BlockStack, Task, find_stack
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder, RecordingConfig
 from streamline_hooks.repair import FoldedMap, WindowReplacement, insert_replacement
-from streamline_hooks.surgery import AFTER, BEFORE, LayerSurgeon, resume, set_splices, snapshot_splices, spliced
+from streamline_hooks.surgery import (
+    AFTER,
+    BEFORE,
+    Head,
+    LayerSurgeon,
+    lm_head_of,
+    resume,
+    set_splices,
+    snapshot_splices,
+    spliced,
+)
 
 if TYPE_CHECKING:
     from streamline_hooks.distillation.teacher_cache import TeacherCache
@@ -70,6 +80,8 @@ class Student:
 
     compares_states: ClassVar[bool] = True
     """Whether a loss may compare the hidden states after the windows."""
+    computes_logits_by_token: ClassVar[bool] = True
+    """Whether `run_to_exit` and `heads` give the logits of `run`."""
     settings: tuple[str, ...] = ()
     """Further settings that determine a training run; an interrupted run is resumed only if they are the same."""
 
@@ -155,14 +167,21 @@ class Student:
         with ExitStack() as exits:
             surgeon = exits.enter_context(LayerSurgeon(self.model, self.stack, probe=False))
             self.apply(surgeon)
-            for path, module in self.outside.items():
-                exits.callback(self.model.set_submodule, path, self.model.get_submodule(path))
-                self.model.set_submodule(path, module)
-                self.modules[path] = [module]
+            exits.enter_context(self._outside_applied())
+            self.modules |= {path: [module] for path, module in self.outside.items()}
             self._ends = self._blocks_after_windows()
             for modules in self.modules.values():
                 for module in modules:  # the surgeon has set the mode of the surrounding blocks
                     module.train(self.training)
+            yield
+
+    @contextmanager
+    def _outside_applied(self) -> Iterator[None]:
+        """Exchange the trained modules outside the stack until the context ends."""
+        with ExitStack() as exits:
+            for path, module in self.outside.items():
+                exits.callback(self.model.set_submodule, path, self.model.get_submodule(path))
+                self.model.set_submodule(path, module)
             yield
 
     def apply(self, surgeon: LayerSurgeon) -> None:
@@ -214,6 +233,36 @@ class Student:
         `batch` provides masks and positions. Return the model's output (None without `logits`) and the states after
         each window (none without `states`). Without `logits` no block after the last window runs.
         """
+        output, _, window_states = self._run(entrance, batch, logits=logits, states=states, to_exit=False)
+        return output, window_states
+
+    def run_to_exit(self, entrance: Tensor, batch: Batch | Tensor, *, states: bool) -> tuple[Tensor, list[Tensor]]:
+        """Run the student without the modules after its blocks; return its last state instead of the output of `run`.
+
+        The first function of `heads` computes the logits from the state.
+        """
+        _, state, window_states = self._run(entrance, batch, logits=False, states=states, to_exit=True)
+        assert state is not None
+        return state, window_states
+
+    @contextmanager
+    def heads(self) -> Iterator[tuple[Head, Head]]:
+        """Yield functions from states after the last block, (tokens, features), to logits of student and teacher."""
+        with ExitStack() as opened:
+            head = opened.enter_context(lm_head_of(self.stack, graph=True))
+            is_other = self.teacher is not self.model
+            teacher_head = opened.enter_context(lm_head_of(self.teacher_stack, graph=True)) if is_other else head
+
+            def own_head(states: Tensor) -> Tensor:
+                with self._outside_applied():
+                    return head(states)
+
+            yield own_head, torch.no_grad()(teacher_head)
+
+    def _run(
+        self, entrance: Tensor, batch: Batch | Tensor, *, logits: bool, states: bool, to_exit: bool
+    ) -> tuple[Any, Tensor | None, list[Tensor]]:
+        """Return the model's output, the state after the last block, and the states after each window."""
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         if checkpointed and torch.is_grad_enabled():
             # A reentrant checkpoint builds no graph if its input does not require a gradient.
@@ -221,14 +270,14 @@ class Student:
         states_in = entrance.clone()  # a replacement may modify its input in place
         with self.applied(), self._without_earlier_splices(), ExitStack() as exits:
             entering = [k for k, at_end in self._ends if not at_end]
-            has_end = len(entering) < len(self._ends)
+            has_end = to_exit or (states and len(entering) < len(self._ends))
             records: list[HiddenStateRecorder] = []
             recorder_of = partial(
                 HiddenStateRecorder, self.model, config=RecordingConfig(detach=False), stack=self.stack.path
             )
             if states and entering:
                 records.append(recorder_of(entering, sites=["block.input"], stop=not (logits or has_end)))
-            if states and has_end:
+            if has_end:
                 records.append(recorder_of([-1], sites=["block.output"], stop=not logits))
             for recorder in records:
                 exits.enter_context(recorder)
@@ -240,7 +289,8 @@ class Student:
                 next(iter(records[-1].outputs.values()))[0] if at_end else records[0].inputs[k][0]
                 for k, at_end in (self._ends if states else ())
             ]
-        return (output if logits else None), window_states
+            state = next(iter(records[-1].outputs.values()))[0] if to_exit else None
+        return (output if logits else None), state, window_states
 
     def original_answers(self, exit_: Tensor | None, batch: Batch | Tensor) -> Tensor:
         """Return the teacher's answers (`Task.answers`) for outputs of its last block, without a graph."""

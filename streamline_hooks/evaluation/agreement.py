@@ -13,11 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, count_tokens, prepare_inputs, progress_bar, validate_arguments
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    count_tokens,
+    prepare_inputs,
+    progress_bar,
+    rows_at_once,
+    to_float64,
+    validate_arguments,
+)
 from streamline_hooks.modeling import Task, closing_generator, inference, kl_by_token
 from streamline_hooks.surgery import split_large_batches
 
-_TOKENS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
 _MIN_EXPONENT, _MAX_EXPONENT, _BINS_PER_DECADE = -8, 3, 100  # neighboring bin edges differ by 2.3 %
 _BINS = (_MAX_EXPONENT - _MIN_EXPONENT) * _BINS_PER_DECADE + 2  # plus one bin below and one above the range
 
@@ -224,10 +232,11 @@ def compare_logits(reference: Tensor, answers: Tensor, unit: str = "token") -> A
     0.0
     """
     same, kl_parts = torch.zeros((), dtype=torch.long, device=reference.device), []
-    for p, q in zip(reference.split(_TOKENS_AT_ONCE), answers.split(_TOKENS_AT_ONCE), strict=True):
+    rows = rows_at_once(reference.shape[-1], reference.device)
+    for p, q in zip(reference.split(rows), answers.split(rows), strict=True):
         kl_parts.append(kl_by_token(p.float().log_softmax(dim=-1), q))
         same += (p.argmax(dim=-1) == q.argmax(dim=-1)).sum()
-    nats = torch.cat(kl_parts).double() if kl_parts else torch.zeros(0, dtype=torch.float64)
+    nats = to_float64(torch.cat(kl_parts)) if kl_parts else torch.zeros(0, dtype=torch.float64)
     return Agreement(float(nats.sum()), int(same), len(reference), KLHistogram.of(nats), unit)
 
 

@@ -16,14 +16,15 @@ from streamline_hooks.core import (
     IGNORE_INDEX,
     Batch,
     StreamlineError,
+    rows_at_once,
     shift_labels,
     target_ids,
     validate_arguments,
+    widest_float,
 )
 from streamline_hooks.modeling import Candidate, StateSource, VariantOutputs, get_logits, task_from_class_names
 from streamline_hooks.surgery import as_state_source
 
-_TOKENS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
 _MAX_LOG = math.log(sys.float_info.max)
 
 
@@ -165,12 +166,13 @@ def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
     Logits have the shape (batch, tokens, vocabulary), targets (batch, tokens). `IGNORE_INDEX` is not scored.
     """
     sums: list[Tensor] = []
+    wide, tokens = widest_float(logits.device), rows_at_once(logits.shape[-1], logits.device)
     for row, row_targets in zip(logits, targets, strict=True):
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for part, target in zip(row.split(_TOKENS_AT_ONCE), row_targets.split(_TOKENS_AT_ONCE), strict=True):
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        for part, target in zip(row.split(tokens), row_targets.split(tokens), strict=True):
             upcast = part.to(torch.promote_types(part.dtype, torch.float32))
             losses = cross_entropy(upcast, target, ignore_index=IGNORE_INDEX, reduction="none")
-            total += losses.sum(dtype=torch.float64)
+            total += losses.sum(dtype=wide)
         sums.append(total)
     return torch.stack(sums).tolist() if sums else []
 

@@ -59,11 +59,15 @@ from streamline_hooks.surgery.spliced_model import (
 )
 from streamline_hooks.surgery.surgeon import LayerSurgeon
 from streamline_hooks.surgery.token_outputs import (
+    Head,
+    agrees_with_forward,
+    has_large_logits,
     lm_head_of,
     outputs_by_token,
     require_token_by_token,
     rows_within_memory,
     split_large_batches,
+    tokens_within_memory,
 )
 from streamline_hooks.surgery.zeroed_branches import (
     find_zeros,
@@ -86,6 +90,7 @@ __all__ = [
     "DepthCuts",
     "Edits",
     "Hazard",
+    "Head",
     "LayerSurgeon",
     "ModelSource",
     "PromptSkip",
@@ -94,6 +99,7 @@ __all__ = [
     "StackLayout",
     "StreamlinedConfig",
     "SurgeryPlan",
+    "agrees_with_forward",
     "as_state_source",
     "at_depth",
     "attach_depths",
@@ -115,6 +121,7 @@ __all__ = [
     "find_prompt_skip",
     "find_zeros",
     "foldable",
+    "has_large_logits",
     "is_splice_parameter",
     "lm_head_of",
     "match_block",
@@ -137,6 +144,7 @@ __all__ = [
     "snapshot_splices",
     "spliced",
     "split_large_batches",
+    "tokens_within_memory",
     "zero_output",
     "zero_parameter_ids",
     "zero_parameters",

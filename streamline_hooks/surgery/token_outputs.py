@@ -66,6 +66,12 @@ def rows_within_memory(model: nn.Module, batch: Batch | Tensor) -> int:
     return max(1, rows * WHOLE_LOGIT_BYTES // size)
 
 
+def tokens_within_memory(model: nn.Module, device: torch.device) -> int:
+    """Return how many tokens have logits of at most `LOGIT_BYTES`, or more on an accelerator."""
+    limit = LOGIT_BYTES * (1 if device.type == "cpu" else _ACCELERATOR_RATIO)
+    return max(1, limit // (4 * len(model.get_output_embeddings().weight)))  # type: ignore[operator]
+
+
 def split_large_batches(model: nn.Module, batches: Sequence[Batch | Tensor]) -> list[Batch | Tensor]:
     """Split batches of text into parts with logits of at most `WHOLE_LOGIT_BYTES`, but at least one sequence."""
     parts: list[Batch | Tensor] = []
@@ -95,10 +101,11 @@ def _logit_bytes(model: nn.Module, batch: Batch | Tensor) -> int:
 
 
 @contextmanager
-def lm_head_of(stack: BlockStack) -> Iterator[Head]:
+def lm_head_of(stack: BlockStack, graph: bool = False) -> Iterator[Head]:
     """Load the modules after the blocks, and yield a function from hidden states (tokens, features) to logits.
 
-    The function is a forward of the model with its last block only, whose output is replaced by the states.
+    The function is a forward of the model with its last block only, whose output is replaced by the states. With
+    `graph` it keeps the mode of the model, and builds a graph where gradients are enabled.
     """
     model: Any = stack.model
     last, head = stack[len(stack) - 1], model.get_output_embeddings()
@@ -117,7 +124,8 @@ def lm_head_of(stack: BlockStack) -> Iterator[Head]:
         if len(stack) > 1:
             surgeon.remove(range(len(stack) - 1))
         entered.callback(last.register_forward_hook(leave).remove)
-        entered.enter_context(inference(model))
+        if not graph:
+            entered.enter_context(inference(model))
 
         def logits(state: Tensor) -> Tensor:
             length = len(state)
