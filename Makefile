@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
-.PHONY: help demo test test-long golden golden-check golden-slow coverage oldest engines lint docs notebooks architectures mutation state-machine bench bench-scale bench-depth bench-tasks quality quality-generation setup clean distclean FORCE
+.PHONY: help demo test test-long golden golden-check golden-slow coverage oldest engines lint docs notebooks architectures mutation state-machine bench bench-scale bench-cuda bench-depth bench-tasks quality quality-generation setup clean distclean FORCE
 
 help: ## Show this list
 	@echo "make TARGET, where TARGET is one of"
@@ -165,6 +165,15 @@ bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hou
 bench-scale: $(VENV)/.stamp-bench ## Compress three billion random weights, one block in memory at a time (6 GB of disk)
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.plan
+
+# All of this needs a CUDA device with 80 GB, and a PyTorch for it in the environment. It was never run.
+SHAPES := llama-2-7b llama-3-8b opt-6.7b
+
+bench-cuda: $(VENV)/.stamp-bench ## Run the tests of accelerators and the shapes of 7 and 8 billion parameters on a GPU
+	STREAMLINE_TEST_DEVICE=cuda $(BIN)/python -m pytest -q -p no:randomly tests/world/on_emulated_device.py
+	@for shape in $(SHAPES); do \
+		echo "benchmarks.model_shapes $$shape"; $(BIN)/python -m benchmarks.model_shapes --shape $$shape --device cuda || exit 1; \
+	done
 
 bench-depth: $(VENV)/.stamp-bench ## Run at several depths, draft with a smaller depth, and skip blocks for prompts (two hours on two cores)
 	$(BIN)/python -m benchmarks.elastic

@@ -56,7 +56,11 @@ def main() -> None:
     original, tokenizer = load_pretrained("smollm2")
     split = split_of(options.data, tokenizer, **TOKENS)
     batches = split_into_batches(split.test, BATCH)
-    measure = Measure(original, batches, ScoredTasks(options.data, tokenizer, options.items, "development"))
+    tasks = ScoredTasks(options.data, tokenizer, options.items, "development")
+    originals = content.setdefault("originals", {})
+    if (items := str(options.items)) not in originals:
+        originals[items] = _accuracy(tasks.score(original))
+    measure = Measure(original, batches, tasks, originals[items])
     for removed in map(int, options.removed.split(",")):
         shortened = None
         for skipped in map(int, options.skipped.split(",")):
@@ -111,9 +115,8 @@ WEIGHTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 class Measure:
     """The original, and the text and problems on which variants are compared with it."""
 
-    def __init__(self, original: Any, batches: Any, tasks: ScoredTasks) -> None:
-        self.original, self.batches, self.tasks = original, batches, tasks
-        self.accuracy = _accuracy(tasks.score(original))
+    def __init__(self, original: Any, batches: Any, tasks: ScoredTasks, accuracy: float) -> None:
+        self.original, self.batches, self.tasks, self.accuracy = original, batches, tasks, accuracy
 
     def row(self, model: Any, fitted: FittedPromptSkip | None, rounds: int) -> dict[str, Any]:
         """Measure a variant."""

@@ -1,14 +1,16 @@
-"""Estimate the cost of block-by-block compression for models with 70 and 400 billion parameters.
+"""Estimate the cost of block-by-block compression for models with 7 to 405 billion parameters.
 
     python -m benchmarks.plan
 
-The estimate uses `streamline_hooks.pipeline.cost` and the shapes of Llama-3-70B and of a mixture of experts with 400
-billion parameters (the text model of Llama 4 Maverick: 128 experts in every second block, one expert per token). No
-weights are needed. The table is saved to ``benchmarks/results/plan.md``. `benchmarks.scale` compares the same formula
-with timed runs.
+The estimate uses `streamline_hooks.pipeline.cost` and the shapes of Llama-2-7B, Llama-3-70B, Llama-3.1-405B and of a
+mixture of experts with 400 billion parameters (the text model of Llama 4 Maverick: 128 experts in every second block,
+one expert per token). No weights are needed. The table is saved to ``benchmarks/results/plan.md``. `benchmarks.scale`
+compares the same formula with timed runs.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedModel
@@ -30,15 +32,15 @@ def h100(processes: int = 1) -> Rates:
     return Rates(0.4 * 989e12, 0.4 * 67e12, eigen=3e11, read=3e9, write=2e9, processes=processes)
 
 
-def llama_3_70b() -> PreTrainedModel:
-    """Build Llama-3-70B (70.6 billion parameters) from its published configuration."""
+def llama(width: int, intermediate: int, blocks: int, heads: int, kv_heads: int, vocabulary: int) -> PreTrainedModel:
+    """Build a Llama model from the sizes in its published configuration."""
     config = LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
     )
     return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
@@ -59,6 +61,14 @@ def mixture_of_400b() -> PreTrainedModel:
         vocab_size=202048,
     )
     return Llama4ForCausalLM(config)
+
+
+MODELS = {
+    "Llama-2-7B": partial(llama, 4096, 11008, 32, 32, 32, 32_000),
+    "Llama-3-70B": partial(llama, 8192, 28672, 80, 64, 8, 128_256),
+    "Llama-3.1-405B": partial(llama, 16384, 53248, 126, 128, 8, 128_256),
+    "Llama 4 Maverick (text model)": mixture_of_400b,
+}
 
 
 def table(stages: list[StageWork], rates: Rates) -> str:
@@ -84,7 +94,7 @@ def main() -> None:
         f"{single.read / 1e9:.0f} GB/s and writes {single.write / 1e9:.0f} GB/s. The times of the stages are for one "
         "H100. The formula is compared with a timed run of three billion parameters on two CPU cores in scale.md.",
     ]
-    for name, make in (("Llama-3-70B", llama_3_70b), ("Llama 4 Maverick (text model)", mixture_of_400b)):
+    for name, make in MODELS.items():
         with init_empty_weights(include_buffers=True):
             stack = find_stack(make())
         stages, resident = blockwise_work(stack, CONFIG, len(stack) // 4, memory=MEMORY, itemsize=ITEMSIZE)

@@ -33,6 +33,7 @@ from streamline_hooks.pipeline.compress_checkpoint import BlockwiseOptions, comp
 from streamline_hooks.pipeline.config import CompressionConfig, RunOptions
 from streamline_hooks.repair import FoldedConfig, ScaleConfig, hidden_size_of
 from streamline_hooks.selection import target_windows
+from streamline_hooks.surgery import LOGIT_BYTES, WHOLE_LOGIT_BYTES
 
 if TYPE_CHECKING:
     from streamline_hooks.pipeline.result import CompressionResult
@@ -217,6 +218,9 @@ def compression_bytes(
 ) -> dict[str, int]:
     """Return the peak memory of each stage of `compress` in bytes, in addition to the model.
 
+    Logits of a batch that are larger than `WHOLE_LOGIT_BYTES` are computed for a few tokens at a time, except in the
+    comparison with the original, which runs whole sequences.
+
     `batch` and `text` are the tokens (patches of a vision model) of the largest batch and of the training and
     validation data. `windows` is the number of windows fitted in one pass, and `trained` the number of trainable
     parameters. `hardware` determines the memory and the data type of cached states.
@@ -226,13 +230,15 @@ def compression_bytes(
     head = getattr(stack.model, "get_output_embeddings", lambda: None)()
     vocabulary = 0 if head is None else head.weight.shape[0]  # classes and embeddings are small
     cached = 2 * text * width * (hardware.kept_dtype.itemsize if hardware.kept_dtype else itemsize)
-    state, logits, reference = batch * width * itemsize, batch * vocabulary * itemsize, 4 * batch * vocabulary
+    state, whole = batch * width * itemsize, 2 * batch * vocabulary * itemsize
+    at_once = batch if 4 * batch * vocabulary <= WHOLE_LOGIT_BYTES else max(1, LOGIT_BYTES // (4 * vocabulary))
+    logits, reference = at_once * vocabulary * itemsize, 4 * at_once * vocabulary
     return {
         "rank": (n + 1) * state + 16 * batch * (n + 1) ** 2,
         "fit": 4 * windows * (state + 16 * width**2),
         "verify": windows * state + 3 * logits + reference,
         "train": min(cached, hardware.state_memory) + 16 * trained + 8 * n * state + 3 * logits + reference,
-        "evaluate": windows * state + 2 * logits,
+        "evaluate": windows * state + whole,
     }
 
 

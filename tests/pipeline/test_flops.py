@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plan import llama_3_70b
+from benchmarks.plan import MODELS
 from streamline_hooks import CompressionConfig, StreamlineError
 from streamline_hooks.core import HardwareConfig
 from streamline_hooks.modeling import find_stack
@@ -65,7 +65,7 @@ def test_a_block_without_attention_has_no_query() -> None:
 def test_a_model_of_70_billion_is_computed_by_hand() -> None:
     accelerate = pytest.importorskip("accelerate")
     with accelerate.init_empty_weights(include_buffers=True):
-        stack = find_stack(llama_3_70b())
+        stack = find_stack(MODELS["Llama-3-70B"]())
     config = configured(sequence_length=2, calibration_tokens=1_000_000, validation_tokens=2, test_tokens=2)
     found, _ = blockwise_work(stack, config, 20, itemsize=2)
     matrices = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672  # of a block
@@ -142,6 +142,8 @@ def test_peaks_hold_what_a_stage_keeps() -> None:
 
     assert peaks()["rank"] >= (n + 1) * 64 * width * 4
     assert peaks()["verify"] >= 3 * 64 * vocabulary * 4
+    large = peaks(batch=2**22)  # logits of 1 GB
+    assert large["verify"] - 2**22 * width * 4 == 4 * 2**26 and large["evaluate"] >= 2 * 2**22 * vocabulary * 4
     assert peaks(windows=3)["fit"] == 3 * peaks()["fit"] and peaks()["fit"] >= 2 * 8 * width**2
     assert peaks(trained=1000)["train"] - peaks()["train"] == 16_000
     assert peaks(text=2000)["train"] - peaks()["train"] == 1000 * 2 * width * 4

@@ -1,13 +1,16 @@
-"""An accelerator that is emulated on the CPU, to run code for GPUs where there is none.
+"""An accelerator that is emulated on the CPU, to run code for GPUs where there is none, or a real one.
 
 Inside `emulated_device`, tensors may be on ``torch.device("emulated")``. They hold a tensor of the CPU, on which all
 operations run. As on a GPU, an operation on tensors of two devices raises an error, and reads of values make the host
 wait, which is counted. Autograd, optimizers and `generate` work. Registering the device changes PyTorch for the whole
 process: `torch.accelerator` has it afterwards.
+
+With ``STREAMLINE_TEST_DEVICE=cuda`` the same tests run on a GPU, and the same operations are counted there.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +23,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-NAME = "emulated"
+_EMULATED = "emulated"
+NAME = os.environ.get("STREAMLINE_TEST_DEVICE", _EMULATED)
 IS_SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 _COPYING = ("aten::_to_copy", "aten::copy_")
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
@@ -135,9 +139,29 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Counting(TorchDispatchMode):
+    """Count the operations on a real accelerator for which the host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        output = func(*args, **kwargs)
+        is_there = any(isinstance(t, Tensor) and t.device.type == NAME for t in tree_leaves((args, kwargs)))
+        leaves = isinstance(output, Tensor) and output.device.type == "cpu" and name in _COPYING
+        self.waits[name] += is_there and (name in _WAITING or leaves)
+        return output
+
+
 @contextmanager
 def emulated_device() -> Iterator[Counter[str]]:
     """Make the device available; yield a count of the operations for which the host waits, by name."""
+    if NAME != _EMULATED:
+        with _Counting() as counting:
+            yield counting.waits
+        return
     if not hasattr(torch, NAME):
         backend_registration._setup_privateuseone_for_python_backend(NAME)
     operations = _Operations()
