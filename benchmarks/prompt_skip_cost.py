@@ -1,19 +1,21 @@
-"""Measure what prompts cost if they skip blocks, on SmolLM2-135M.
+"""Measure what prompts cost if they skip blocks, on SmolLM2-135M or another model.
 
-    python -m benchmarks.prompt_skip_cost [--tokens 512,1024,2048] [--skipped 5,10,15] [--rounds 9]
+    python -m benchmarks.prompt_skip_cost [--model MODEL] [--tokens 512,1024,2048] [--skipped 5,10,15] [--rounds 9]
 
 The last blocks are skipped, and the tokens of the prompt, except the first and the last 16, get their keys and values
 from linear maps, which are not fitted, because the values of the weights do not affect the time. The ideal cost counts
 the FLOPs of matrix products and attention: those of the full model without the skipped blocks, and in the skipped
 blocks those of the maps, of the projections of keys and values, and of the tokens that run. The time is that of
 `generate` for one new token, as the ratio of medians of alternating runs. A row has both ratios, and the saved time as
-a fraction of the ideal saving. The results are saved to ``benchmarks/results/prompt_skip_cost.json`` and ``.md``.
+a fraction of the ideal saving. The results are saved to ``benchmarks/results/prompt_skip_cost.json`` and ``.md``, those
+of another model to ``prompt_skip_cost_NAME``.
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +36,13 @@ IDS = (3, 40_000)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="another model: a folder or a GGUF file")
     parser.add_argument("--tokens", default="512,1024,2048", help="tokens of the prompts")
     parser.add_argument("--skipped", default="5,10,15", help="numbers of skipped blocks")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    model = load_pretrained("smollm2")[0]
+    model, name = load_pretrained(options.model)[0], Path(options.model).stem
+    file = FILE if name == "smollm2" else FILE.with_name(f"{FILE.stem}_{name}.json")
     rows = []
     for tokens in map(int, options.tokens.split(",")):
         ids = torch.randint(*IDS, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -50,9 +54,12 @@ def main() -> None:
         f"python -m benchmarks.prompt_skip_cost --tokens {options.tokens} --skipped {options.skipped} "
         f"--rounds {options.rounds}"
     )
-    write(FILE, {"rows": rows, "machine": machine(), "command": command})
-    FILE.with_suffix(".md").write_text(table(rows, command))
-    print(table(rows, command))
+    if name != "smollm2":
+        command += " --model MODEL"
+    content = {"rows": rows, "machine": machine(), "command": command, "model": name, "blocks": len(find_stack(model))}
+    write(file, content)
+    file.with_suffix(".md").write_text(table(content))
+    print(table(content))
 
 
 @torch.no_grad()
@@ -85,18 +92,19 @@ def ideal_ratio(model: Any, ids: Tensor, skipped: int) -> float:
     return (counts["Global"] - skipped * (block - keys - run) + maps) / counts["Global"]
 
 
-def table(rows: list[dict[str, Any]], command: str) -> str:
+def table(content: dict[str, Any]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "SmolLM2-135M, float32, the last of 30 blocks skipped for prompts; cost and time relative to the original.",
+        f"{content['model']}, float32, the last of {content['blocks']} blocks skipped for prompts; cost and time "
+        "relative to the original.",
         "",
         "| prompt tokens | skipped blocks | rounds | ideal cost | time | saved of the ideal saving |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in content["rows"]:
         cells = f"{row['tokens']} | {row['skipped']} | {row['rounds']} | {row['ideal']:.3f} | {row['time']:.3f}"
         lines.append(f"| {cells} | {row['share']:.2f} |")
-    return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+    return "\n".join([*lines, "", f"Made by `{content['command']}`.", ""])
 
 
 if __name__ == "__main__":

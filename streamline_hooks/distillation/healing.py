@@ -267,8 +267,10 @@ def with_adapters(
             "method='lora' needs peft, which is not installed. Install the extra `peft`: "
             'pip install "streamline_hooks[peft]"'
         ) from error
-    shared_weights: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters()}
-    duplicate = copy.deepcopy(block, shared_weights)
+    shared: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in block.parameters() if p.is_floating_point()
+    }
+    duplicate = copy.deepcopy(block, shared | _quantized_weights(block))
     for position in (BEFORE, AFTER):  # modules spliced next to a block do not belong to it
         set_splices(duplicate, position, [])
     linear = [name for name, module in duplicate.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
@@ -294,6 +296,28 @@ def with_adapters(
             "or method='partial'."
         ) from error
     return adapted
+
+
+def _quantized_weights(block: nn.Module) -> dict[int, Any]:
+    """Return the quantized weights of a block and their scales by id, which its copy shares.
+
+    An 8-bit layer of bitsandbytes takes the scales from its weight in the first forward, so two layers with one weight
+    would not both have them. They are therefore taken before the layer is copied.
+    """
+    quantized, shared_values = {id(p) for p in block.parameters() if not p.is_floating_point()}, list[Any]()
+    module: Any
+    for module in block.modules():
+        weight: Any = getattr(module, "weight", None)
+        if weight is None or id(weight) not in quantized:
+            continue
+        shared_values.append(weight)
+        if (take := getattr(module, "init_8bit_state", None)) is not None:
+            if weight.CB is not None:
+                take()
+            shared_values += [module.state.CB, module.state.SCB]
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            shared_values.append(state)
+    return {id(value): value for value in shared_values}
 
 
 @validate_arguments()

@@ -196,9 +196,61 @@ class Student:
             self.modules[str(k)] = [surgeon.exchange(k, block)]
 
     def merge(self) -> None:
-        """Merge the adapters into the weights of the copies."""
+        """Merge the adapters into the weights of the copies.
+
+        Raises
+        ------
+        StreamlineError
+            If the weights are quantized; see `add_adapters_to`.
+        """
         for block in self.copies.values():
             merge_adapters(block)
+
+    def add_adapters_to(self, model: nn.Module) -> None:
+        """Add the trained adapters to the weights of another model, before a surgeon removes the windows.
+
+        A student trained on quantized weights is thus transferred to the same model in full precision, whose weights do
+        not have the error of the quantization.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            Model of the same architecture with all blocks, which is changed.
+
+        Raises
+        ------
+        StreamlineError
+            If its weights are quantized or do not have the shapes of the adapters, or if the student trains modules
+            that are no adapters.
+        """
+        if self.outside:
+            raise StreamlineError(
+                f"The student trains {', '.join(self.outside)} outside the blocks. Expected adapters only. Train "
+                "without head, or use merge and copy_weights_to_model."
+            )
+        blocks = find_stack(model, self.stack.path)
+        updates = []
+        for k, duplicate in self.copies.items():
+            adapters = adapters_of(duplicate)
+            if not adapters:
+                raise StreamlineError(
+                    f"The copy of block {k} has no adapters. Expected healing with method='lora'. Use "
+                    "copy_weights_to_model."
+                )
+            for path, layer in adapters:
+                weight: Any = blocks[k].get_submodule(path).weight
+                deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
+                if not weight.is_floating_point() or weight.shape != deltas[0].shape:
+                    raise StreamlineError(
+                        f"{path} of block {k} has weights of dtype {weight.dtype} and shape {tuple(weight.shape)}. "
+                        f"Expected floating-point weights of shape {tuple(deltas[0].shape)}. Pass the model in full "
+                        "precision, with all its blocks."
+                    )
+                updates.append((weight, deltas))
+        with torch.no_grad():
+            for weight, deltas in updates:
+                for delta in deltas:
+                    weight.add_(delta.to(weight.device, weight.dtype))
 
     def copy_weights_to_model(self) -> None:
         """Copy the trained (and merged) weights of the copies into the model, before a surgeon removes the windows."""
@@ -339,7 +391,7 @@ class Student:
         original = set(self.model.parameters())
         used = set(original)
         for module in (*modules, *self.copies.values(), *self.outside.values()):
-            parameters = set(module.parameters())
+            parameters = {p for p in module.parameters() if p.is_floating_point()}  # quantized weights are not trained
             if parameters & used:
                 reason = "shares weights with the original model" if parameters & original else "is used twice"
                 raise StreamlineError(
@@ -381,15 +433,24 @@ def _require_gaps(windows: Sequence[range]) -> None:
             )
 
 
-def merge_adapters(block: nn.Module) -> None:
-    """Merge the LoRA adapters of a block into new weights, which it does not share with the original."""
+def adapters_of(block: nn.Module) -> list[tuple[str, Any]]:
+    """Return the layers of a block with LoRA adapters, by path."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:  # without peft a block has no adapters
-        return
-    for path, layer in list(block.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            base: Any = layer.get_base_layer()
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-            layer.merge()
-            block.set_submodule(path, base)
+        return []
+    return [(path, layer) for path, layer in block.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def merge_adapters(block: nn.Module) -> None:
+    """Merge the LoRA adapters of a block into new weights, which it does not share with the original."""
+    adapters = [(path, layer, layer.get_base_layer()) for path, layer in adapters_of(block)]
+    if quantized := [path for path, _, base in adapters if not base.weight.is_floating_point()]:
+        raise StreamlineError(
+            f"{quantized[0]} has quantized weights, into which an adapter cannot be merged without loss. Expected "
+            "floating-point weights. Call Student.add_adapters_to with the model in full precision."
+        )
+    for path, layer, base in adapters:
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        layer.merge()
+        block.set_submodule(path, base)

@@ -45,8 +45,9 @@ class ModelShape(Config):
         Number of key and value heads. By default the number of attention heads.
     vocab_size : int
         Size of the vocabulary. 128,256 by default.
-    weight_dtype : {"float32", "bfloat16", "float16"}
-        Data type of the weights. bfloat16 by default.
+    weight_dtype : {"float32", "bfloat16", "float16", "4bit"}
+        Data type of the weights. bfloat16 by default. With ``"4bit"`` the matrices of the blocks are quantized by
+        bitsandbytes, and all other weights and the hidden states are in bfloat16.
 
     Examples
     --------
@@ -65,7 +66,20 @@ class ModelShape(Config):
     heads: int | None = None
     kv_heads: int | None = None
     vocab_size: int = 128_256
-    weight_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    weight_dtype: Literal["float32", "bfloat16", "float16", "4bit"] = "bfloat16"
+
+    @property
+    def state_dtype(self) -> str:
+        """Data type of the hidden states."""
+        return "bfloat16" if self.weight_dtype == "4bit" else self.weight_dtype
+
+    def weight_bytes(self, stack: BlockStack) -> int:
+        """Return the bytes of the weights; those of 4 bit have a scale in float32 for each 64."""
+        total = sum(p.numel() * p.element_size() for p in stack.model.parameters())
+        if self.weight_dtype != "4bit":
+            return total
+        matrices = [p for block in stack.blocks for p in block.parameters() if p.ndim > 1]
+        return total - sum(p.numel() * p.element_size() - p.numel() // 2 - p.numel() // 16 for p in matrices)
 
     def stack(self) -> BlockStack:
         """Build the blocks on the meta device, where weights take no memory.
@@ -93,7 +107,7 @@ class ModelShape(Config):
             vocab_size=self.vocab_size,
         )
         with torch.device("meta"):
-            return find_stack(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.weight_dtype)))
+            return find_stack(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.state_dtype)))
 
 
 @dataclass(frozen=True)
@@ -226,7 +240,6 @@ def estimate_from_shape(
     if config.distillation is not None:
         stages.insert(-2, _training(stack, config, len(window)))
         trained = _trained_parameters(stack, config, window)
-    weights = sum(p.numel() * p.element_size() for p in stack.model.parameters())
     data, hardware = config.data, config.hardware
     peaks = compression_bytes(
         stack,
@@ -239,7 +252,7 @@ def estimate_from_shape(
     if config.distillation is None:
         del peaks["train"]
     rated = (rates or DeviceRates()).rates()
-    return ShapeEstimate(tuple(stages), rated, weights, max(peaks.values()))
+    return ShapeEstimate(tuple(stages), rated, shape.weight_bytes(stack), max(peaks.values()))
 
 
 def _require_no_model(config: CompressionConfig, shape: ModelShape) -> None:
@@ -256,7 +269,7 @@ def _require_no_model(config: CompressionConfig, shape: ModelShape) -> None:
         f"rounds={config.rounds}": config.rounds > 1,
         f"train_until={config.train_until}": config.train_until is not None,
         "distillation.max_minutes": training is not None and training.max_minutes is not None,
-        f"hardware.autocast={autocast!r}": autocast not in (None, shape.weight_dtype),
+        f"hardware.autocast={autocast!r}": autocast not in (None, shape.state_dtype),
     }
     if refused := [name for name, is_set in needs_model.items() if is_set]:
         raise StreamlineError(

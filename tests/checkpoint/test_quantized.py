@@ -10,8 +10,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
-from streamline_hooks import LayerSurgeon, StreamlineError, load, profile, save
+from streamline_hooks import (
+    CompressionConfig,
+    DistillationConfig,
+    HealingConfig,
+    LayerSurgeon,
+    StreamlineError,
+    compress,
+    load,
+    profile,
+    save,
+    train,
+)
 from streamline_hooks.core import UnsupportedSurgery
+from streamline_hooks.distillation import Student, student_of
+from streamline_hooks.modeling import find_stack
+from streamline_hooks.repair import NoneConfig, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 
 IDS = torch.arange(1, 19).view(2, 9)
@@ -180,3 +194,95 @@ def test_a_refused_commit_leaves_what_bitsandbytes_runs_as_it_is(original: Path)
         expected = logits(model)
         surgeon.commit()
     assert torch.equal(logits(model), expected)
+
+
+BATCHES = [{"input_ids": IDS + k} for k in range(4)]
+ADAPTERS = HealingConfig("lora", where="after", rank=4)
+
+
+@pytest.mark.parametrize("first", ["copy", "original"])
+@pytest.mark.parametrize("bits", ["4 bit", "8 bit"])
+def test_copies_with_adapters_share_quantized_weights(bits: str, first: str, original: Path) -> None:
+    """A layer of 8 bit takes its scales from the weight when it runs first; a copy without them gives other numbers."""
+    model = quantized(original, bits)
+    student = student_of(find_stack(model), [(range(2, 4), LinearReplacement(64))], ADAPTERS)
+    block, duplicate = model.model.layers[4], student.copies[4]
+    pairs = [(block.mlp.up_proj, duplicate.mlp.up_proj.get_base_layer())]  # type: ignore[union-attr]
+    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = states @ AutoModelForCausalLM.from_pretrained(original).model.layers[4].mlp.up_proj.weight.T
+    for ours, theirs in pairs:
+        layers = (theirs, ours) if first == "copy" else (ours, theirs)
+        with torch.no_grad():
+            outputs = [layer(states) for layer in layers]
+        assert (
+            outputs[0] - outputs[1]
+        ).norm() < 0.02 * expected.norm() and ours.weight.data_ptr() == theirs.weight.data_ptr()
+        assert (outputs[0] - expected).norm() < 0.2 * expected.norm()
+
+
+def trained_student(model: Any) -> tuple[Student, LinearReplacement]:
+    module = LinearReplacement(64)
+    student = student_of(find_stack(model), [(range(2, 4), module)], ADAPTERS)
+    trained = train(student, BATCHES, BATCHES[:1], DistillationConfig(validations=1, learning_rate=1e-2, epochs=4))
+    assert trained.distance < trained.distance_before
+    return student, module
+
+
+@pytest.mark.parametrize("bits", ["4 bit", "8 bit"])
+def test_adapters_of_quantized_weights_are_added_to_the_original(bits: str, original: Path, tmp_path: Path) -> None:
+    small = quantized(original, bits)
+    student, module = trained_student(small)
+    with pytest.raises(StreamlineError, match=r"quantized weights.*add_adapters_to"):
+        student.merge()
+    with pytest.raises(StreamlineError, match=r"Pass the model in full precision"):
+        student.add_adapters_to(quantized(original, bits))
+    whole: Any = AutoModelForCausalLM.from_pretrained(original)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    student.add_adapters_to(whole)
+    added = {name: value - before[name] for name, value in whole.state_dict().items() if not value.equal(before[name])}
+    layers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    layers += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    assert set(added) == {f"model.layers.{k}.{name}.weight" for k in (4, 5) for name in layers}
+    assert max(int(torch.linalg.matrix_rank(delta.double(), rtol=1e-3)) for delta in added.values()) <= 4
+    with student.applied():
+        expected = logits(small)
+    with LayerSurgeon(whole) as surgeon:
+        insert_replacement(surgeon, range(2, 4), module)
+        surgeon.commit()
+    whole.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(whole))
+    with torch.no_grad():
+        error = (logits(AutoModelForCausalLM.from_pretrained(original)) - logits(small)).norm()  # of the quantization
+        assert (logits(whole) - expected).norm() < 2 * error
+
+
+def test_added_adapters_are_those_that_merging_gives(original: Path) -> None:
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(original) for _ in range(2)]
+    student, _ = trained_student(models[0])
+    student.add_adapters_to(models[1])
+    student.merge()
+    student.copy_weights_to_model()
+    changed = 0
+    for (name, value), (_, other) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-7, msg=name)
+        changed += not value.equal(AutoModelForCausalLM.from_pretrained(original).get_parameter(name))
+    assert changed == 14
+
+
+def test_healing_of_quantized_weights_is_refused_before_anything_runs(original: Path) -> None:
+    config = CompressionConfig(remove=2, repair=NoneConfig(), healing=ADAPTERS, distillation=DistillationConfig())
+    names = ("calibration", "validation", "test")
+    parts = {name: [{"input_ids": IDS + 20 * k}] for k, name in enumerate(names)}
+    with pytest.raises(StreamlineError, match=r"quantized weights.*add_adapters_to"):
+        compress(quantized(original, "4 bit"), parts, config)
+
+
+def test_other_copies_are_not_added(original: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(original)
+    window = [(range(2, 4), LinearReplacement(64))]
+    partial = student_of(find_stack(model), window, HealingConfig("partial", where="after"))
+    with pytest.raises(StreamlineError, match=r"block 4 has no adapters.*copy_weights_to_model"):
+        partial.add_adapters_to(model)
+    head = student_of(find_stack(model), window, HealingConfig("lora", head=True))
+    with pytest.raises(StreamlineError, match=r"lm_head outside the blocks.*without head"):
+        head.add_adapters_to(model)

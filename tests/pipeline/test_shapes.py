@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, StreamlineError, Target
@@ -19,6 +21,14 @@ def test_the_weights_are_those_of_a_model_of_the_shape() -> None:
     parameters = 8 * (attention + mlp + 2 * 64) + 2 * 128 * 64 + 64
     assert estimate_from_shape(SHAPE).weights == 2 * parameters
     assert ModelShape(hidden_size=256, layers=2, vocab_size=10).stack().config.num_attention_heads == 2
+
+
+def test_matrices_of_blocks_take_4_bit_and_a_scale_for_each_64_weights() -> None:
+    shape = ModelShape(64, 4, intermediate_size=128, heads=4, vocab_size=100, weight_dtype="4bit")
+    matrices = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    others = 2 * 100 * 64 + 4 * 2 * 64 + 64  # embedding, LM head and norms
+    assert shape.weight_bytes(shape.stack()) == matrices // 2 + 4 * matrices // 64 + 2 * others
+    assert estimate_from_shape(shape).peak == estimate_from_shape(replace(shape, weight_dtype="bfloat16")).peak
 
 
 def test_the_stages_are_those_of_the_model_itself() -> None:
