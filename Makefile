@@ -155,7 +155,7 @@ state-machine: $(VENV)/.stamp-test ## Run random surgeries on small models and c
 		--file build/state_machine_$(subst /,_of_,$(PART)).json
 
 # In the order in which they build on each other; choice and certainty go on where they stopped.
-BENCHMARKS := recording_cost activation_store ranking_cost ranking_memory ranking_growth choice_exhaustive choice certainty compress_smollm2 latency targets evaluate_smollm2
+BENCHMARKS := recording_cost activation_store ranking_cost ranking_memory processes scaling choice_exhaustive choice certainty compress_smollm2 latency targets evaluate_smollm2
 
 bench: $(VENV)/.stamp-bench ## Reproduce the benchmarks on SmolLM2-135M (two hours on two cores)
 	@for name in $(BENCHMARKS); do \

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,11 +61,11 @@ class BatchLosses:
     ) -> BatchLosses:
         """Compute logits for a few tokens at a time if those of a batch are large.
 
-        Models whose logits depend on other tokens need whole batches.
+        Models whose logits depend on other tokens need whole batches, and so do students that override how they run.
         """
-        stacks = dict.fromkeys([student.stack, student.teacher_stack]) if student.computes_logits_by_token else ()
+        kind, stacks = type(student), {id(s): s for s in (student.stack, student.teacher_stack)}.values()
         by_token = (
-            bool(stacks)
+            (kind.run, kind.original_answers) == (Student.run, Student.original_answers)
             and student.task.is_causal_lm
             and not sharded
             and has_large_logits(student.model, batches)
@@ -73,10 +73,42 @@ class BatchLosses:
         )
         return cls(student, objective, hardware, by_token)
 
-    def loss(
-        self, teacher_states: TeacherStates, batch: Batch | Tensor, answers: int, tokens: int, weight: float = 1.0
+    def backward(
+        self,
+        teacher_states: TeacherStates,
+        batch: Batch | Tensor,
+        answers: int,
+        tokens: int,
+        weight: float = 1.0,
+        collect: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Compute the gradients of `weight` times the loss, and return it.
+
+        The part of outputs is divided by `answers`, that of states by `tokens`. `collect` is called after each backward
+        pass.
+        """
+        loss = self._loss(teacher_states, batch, answers, tokens, weight, collect)
+        # If only modules after the blocks are trained, logits by token have computed all gradients.
+        if loss.requires_grad or not self.by_token or self._trains_blocks():
+            loss.backward()
+        collect()
+        return float(loss.detach())
+
+    def _trains_blocks(self) -> bool:
+        """Whether a replacement or a block is trained, and not only modules outside the stack."""
+        inside = [modules for path, modules in self.student.modules.items() if path not in self.student.outside]
+        return any(p.requires_grad for modules in inside for module in modules for p in module.parameters())
+
+    def _loss(
+        self,
+        teacher_states: TeacherStates,
+        batch: Batch | Tensor,
+        answers: int,
+        tokens: int,
+        weight: float,
+        collect: Callable[[], None],
     ) -> Tensor:
-        """Return `weight` times the loss: the part of outputs over `answers`, and the part of states over `tokens`.
+        """Return `weight` times the loss.
 
         With `by_token` the backward passes through the modules after the blocks run here, one for each part of the
         tokens. They add to the gradients of trained modules there; the gradient of the student's states is kept for
@@ -96,7 +128,7 @@ class BatchLosses:
         after = [state.to(self.device) for state in teacher_states.after]
         loss = weight * objective.state_loss(states, after, teacher_states.real.to(self.device)) / max(1, tokens)
         if state is not None:
-            loss = loss + self._loss_by_token(state, teacher_states.exit, batch, weight / answers)
+            loss = loss + self._loss_by_token(state, teacher_states.exit, batch, weight / answers, collect)
         elif output is not None:
             answer_logits, labels = self.task.answers(output, batch), self._labels(batch, output)
             loss = loss + weight * objective.output_loss(answer_logits, original, labels) / answers
@@ -117,15 +149,23 @@ class BatchLosses:
         others = self.objective.other_losses(answers, reference, self._labels(batch, output))
         return distance, others, len(answers)
 
-    def _loss_by_token(self, state: Tensor, exit_: Tensor | None, batch: Batch | Tensor, scale: float) -> Tensor:
+    def _loss_by_token(
+        self,
+        state: Tensor,
+        exit_: Tensor | None,
+        batch: Batch | Tensor,
+        scale: float,
+        collect: Callable[[], None],
+    ) -> Tensor:
         total, gradients = torch.zeros((), device=state.device), []
         answers = self.task.answers(state, batch)
-        for part, logits, reference, labels in self._parts(answers, exit_, batch, graph=True):
+        for part, logits, reference, labels in self._parts(answers, exit_, batch, state.shape[1], graph=True):
             loss = self.objective.output_loss(logits, reference, labels) * scale
             loss.backward()
+            collect()
             assert part.grad is not None
             gradients.append(part.grad)
-            total += loss.detach()
+            total += loss.detach().to(total.device)
         loss_of_state: Tensor = _KnownGradient.apply(answers, torch.cat(gradients), total)
         return loss_of_state
 
@@ -135,22 +175,24 @@ class BatchLosses:
         with self.hardware.autocast_on(self.device):
             state, _ = self.student.run_to_exit(teacher_states.entrance, batch, states=False)
         answers, distance, others = self.task.answers(state, batch), 0.0, 0.0
-        for _, logits, reference, labels in self._parts(answers, teacher_states.exit, batch, graph=False):
+        for _, logits, reference, labels in self._parts(
+            answers, teacher_states.exit, batch, state.shape[1], graph=False
+        ):
             distance += float(summed_logit_loss(logits, reference))
             others += self.objective.other_losses(logits, reference, labels)
         return distance, others, len(answers)
 
     def _parts(
-        self, answers: Tensor, exit_: Tensor | None, batch: Batch | Tensor, graph: bool
+        self, answers: Tensor, exit_: Tensor | None, batch: Batch | Tensor, width: int, graph: bool
     ) -> Iterator[tuple[Tensor, Tensor, Any, Tensor | None]]:
-        """Yield states, logits, the teacher's logits and labels of a few tokens at a time.
+        """Yield states, logits, the teacher's logits and labels of a few tokens at a time, at most `width`.
 
         `answers` are the student's states of the tokens of `Task.answers`, (tokens, features); `exit_` are the
         teacher's states after its last block, (batch, tokens, features).
         """
         labels = self._labels(batch, answers)
         reference = None if exit_ is None else self.task.answers(exit_, batch)
-        count = tokens_within_memory(self.student.model, self.device)
+        count = min(tokens_within_memory(self.student.model, self.device), width)  # a model has no more positions
         with self.student.heads() as (head, teacher_head):
             for start in range(0, len(answers), count):
                 rows = slice(start, start + count)
@@ -158,7 +200,7 @@ class BatchLosses:
                 with self.hardware.autocast_on(self.device):
                     original = None if reference is None else teacher_head(reference[rows].to(self.device))
                     logits = head(part)
-                yield part, logits, original, None if labels is None else labels[rows]
+                yield part, logits, original, None if labels is None else labels[rows].to(logits.device)
 
     def _labels(self, batch: Batch | Tensor, output: Any) -> Tensor | None:
         """Return the label of each answer, or None if no loss needs labels; `output` determines their device."""
@@ -194,7 +236,7 @@ class BatchLosses:
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A value whose gradient with respect to a tensor is known."""
+    """A value whose gradient with respect to a tensor is known; one backward pass consumes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, state: Tensor, gradient: Tensor, value: Tensor) -> Tensor:

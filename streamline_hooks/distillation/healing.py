@@ -304,13 +304,13 @@ def _quantized_weights(block: nn.Module) -> dict[int, Any]:
     An 8-bit layer of bitsandbytes takes the scales from its weight in the first forward, so two layers with one weight
     would not both have them. They are therefore taken before the layer is copied.
     """
-    quantized, shared_values = {id(p) for p in block.parameters() if not p.is_floating_point()}, list[Any]()
+    shared_values: list[Any] = [p for p in block.parameters() if not p.is_floating_point()]
+    quantized = set(map(id, shared_values))
     module: Any
     for module in block.modules():
         weight: Any = getattr(module, "weight", None)
         if weight is None or id(weight) not in quantized:
             continue
-        shared_values.append(weight)
         if (take := getattr(module, "init_8bit_state", None)) is not None:
             if weight.CB is not None:
                 take()

@@ -173,10 +173,12 @@ class TrainingLoop:
         counts = self.work.all_gather_object(rank_counts)
         self.tokens_of_states = {n: sum(tokens.get(n, 0) for tokens in counts) for n in range(len(self.batches))}
         self.longest = max(self.work.all_gather_object(max(self.share.longest, self.validation_share.longest)))
-        every = (*self.batches, *self.validation)
-        self.of_batch = BatchLosses.of(self.student, self.config.objective, self.hardware, every, self.sharded)
-        large = () if self.of_batch.by_token else every
-        rows = [(batch_rows(batch), rows_within_memory(self.student.model, batch)) for batch in large]
+        all_batches = (*self.batches, *self.validation)
+        self.batch_losses = BatchLosses.of(
+            self.student, self.config.objective, self.hardware, all_batches, self.sharded
+        )
+        split_batches = () if self.batch_losses.by_token else all_batches
+        rows = [(batch_rows(batch), rows_within_memory(self.student.model, batch)) for batch in split_batches]
         # Sequences per forward, fewer if the logits of a batch are large; reduced further if memory is insufficient.
         self.rows = min([self.longest, *(few for count, few in rows if few < count)])
 
@@ -385,11 +387,8 @@ class TrainingLoop:
         total = 0.0
         for teacher_states, batch in self._split_rows(self.teacher_states[number], self.share.batches[number]):
             weight = 0.0 if number in self.share.idle else 1.0
-            loss = self.of_batch.loss(teacher_states, batch, answers, tokens, weight)
-            if loss.requires_grad or not self.of_batch.by_token:  # not if only modules after the blocks are trained
-                loss.backward()
-            self.weights.collect()
-            total += float(loss.detach())
+            collect = self.weights.collect
+            total += self.batch_losses.backward(teacher_states, batch, answers, tokens, weight, collect)
         return total
 
     def validation_sums(self) -> tuple[float, float, int]:
@@ -400,7 +399,7 @@ class TrainingLoop:
             self.student.training = False
             for number, batch in self.validation_share.batches.items():
                 for teacher_states, rows in self._split_rows(self.validation_states[number], batch):
-                    distance, others, count = self.of_batch.validation_sums(teacher_states, rows)
+                    distance, others, count = self.batch_losses.validation_sums(teacher_states, rows)
                     if number not in self.validation_share.idle:
                         total, other_losses, answers = total + distance, other_losses + others, answers + count
         return total, other_losses, answers

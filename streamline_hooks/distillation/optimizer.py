@@ -149,8 +149,11 @@ class TrainingOptimizer:
             decay = config.weight_decay if master.ndim > 1 else 0.0
             groups.setdefault((config.learning_rate * learning_rate_factor(name), decay), []).append(master)
         param_groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
-        # On a CPU the fused update needs one pass over the memory; on CUDA the default is as fast.
-        fused = all(p.device.type == "cpu" and type(p.data) is Tensor for p in self.weights.masters.values())
+        # On a CPU the fused update needs one pass over the memory; on CUDA the default is as fast. It ignores strides.
+        fused = all(
+            p.device.type == "cpu" and type(p.data) is Tensor and p.is_contiguous()
+            for p in self.weights.masters.values()
+        )
         self.optimizer = torch.optim.AdamW(
             param_groups, lr=config.learning_rate, betas=config.betas, fused=fused or None
         )

@@ -80,7 +80,6 @@ class PromptSkipStudent(Student):
     """
 
     compares_states: ClassVar[bool] = False
-    computes_logits_by_token: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks.core import Batch, StreamlineError, describe_blocks
 from streamline_hooks.modeling import BlockStack, Task, find_stack
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder, RecordingConfig
-from streamline_hooks.repair import FoldedMap, WindowReplacement, insert_replacement
+from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, insert_replacement
 from streamline_hooks.surgery import (
     AFTER,
     BEFORE,
@@ -80,8 +81,6 @@ class Student:
 
     compares_states: ClassVar[bool] = True
     """Whether a loss may compare the hidden states after the windows."""
-    computes_logits_by_token: ClassVar[bool] = True
-    """Whether `run_to_exit` and `heads` give the logits of `run`."""
     settings: tuple[str, ...] = ()
     """Further settings that determine a training run; an interrupted run is resumed only if they are the same."""
 
@@ -223,6 +222,13 @@ class Student:
             If its weights are quantized or do not have the shapes of the adapters, or if the student trains modules
             that are no adapters.
         """
+        inside = [m for _, m in self.replacement_modules if isinstance(m, (FoldedMap, ScaleFactor))]
+        if inside:
+            raise StreamlineError(
+                f"The replacement {type(inside[0]).__name__} is part of a block that is trained, so its adapters "
+                "do not fit the original weights. Expected a replacement between the blocks. Use merge and "
+                "copy_weights_to_model, or another replacement."
+            )
         if self.outside:
             raise StreamlineError(
                 f"The student trains {', '.join(self.outside)} outside the blocks. Expected adapters only. Train "
@@ -238,8 +244,11 @@ class Student:
                     "copy_weights_to_model."
                 )
             for path, layer in adapters:
-                weight: Any = blocks[k].get_submodule(path).weight
+                target: Any = blocks[k].get_submodule(path)
+                weight = target.weight
                 deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
+                if isinstance(target, Conv1D) != layer.fan_in_fan_out:  # bitsandbytes turns Conv1D into Linear
+                    deltas = [delta.T for delta in deltas]
                 if not weight.is_floating_point() or weight.shape != deltas[0].shape:
                     raise StreamlineError(
                         f"{path} of block {k} has weights of dtype {weight.dtype} and shape {tuple(weight.shape)}. "

@@ -161,7 +161,7 @@ def _score_labels(logits: Tensor, labels: Tensor) -> Perplexity:
 
 
 def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> list[float]:
-    """Return the sum of −log p(target) of each row, in nats, accumulated in float64.
+    """Return the sum of −log p(target) of each row, in nats, accumulated in float64 where the device has it.
 
     Logits have the shape (batch, tokens, vocabulary), targets (batch, tokens). `IGNORE_INDEX` is not scored.
     """

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from streamline_hooks.core import Batch, Config, StreamlineError, batch_rows, count_tokens
+from streamline_hooks.core import (
+    Batch,
+    Config,
+    StreamlineError,
+    batch_rows,
+    count_tokens,
+    rows_at_once,
+    widest_float,
+)
 from streamline_hooks.core import padding_mask as mask_of
 from streamline_hooks.modeling.hidden_state import require_batch_first, token_mask
 from streamline_hooks.modeling.sentence_transformers import sentence_folder_of
@@ -321,9 +329,6 @@ def _attention_mask(batch: Batch | Tensor) -> Tensor | None:
     return None if isinstance(batch, Tensor) else mask_of(batch)
 
 
-_AT_ONCE = 32  # tokens per step; fits the CPU cache for any vocabulary
-
-
 def reference_outputs(task: Task, answers: Tensor) -> Tensor:
     """Convert the original's answers, (answers, features), to log-probabilities or unit vectors, at least float32."""
     upcast = answers.float()
@@ -343,9 +348,10 @@ def sum_distance(task: Task, reference: Tensor, answers: Tensor) -> float:
 
 def summed_kl(reference: Tensor, other: Tensor) -> float:
     """Return the sum of the KL divergence over tokens, from log-probabilities and logits."""
-    total = torch.zeros((), dtype=torch.float64, device=reference.device)
-    for p, q in zip(reference.split(_AT_ONCE), other.split(_AT_ONCE), strict=True):
-        total += kl_by_token(p, q).sum(dtype=torch.float64)
+    wide, rows = widest_float(reference.device), rows_at_once(reference.shape[-1], reference.device)
+    total = torch.zeros((), dtype=wide, device=reference.device)
+    for p, q in zip(reference.split(rows), other.split(rows), strict=True):
+        total += kl_by_token(p, q).sum(dtype=wide)
     return float(total)
 
 

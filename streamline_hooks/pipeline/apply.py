@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from streamline_hooks.core import StreamlineError, UnsupportedSurgery, check_writable, get_logger
 from streamline_hooks.distillation import HealingConfig, Student, TrainingCallback, TrainingResult, student_of, train
@@ -126,13 +126,12 @@ def training_checkpoint(
 
 
 def require_trainable(ready: Preparation, healing: HealingConfig | None) -> None:
-    """Raise if the config trains nothing, whichever blocks are removed, or adapters of quantized weights."""
-    weights = (getattr(module, "weight", None) for block in ready.stack.blocks for module in block.modules())
-    if healing is not None and any(isinstance(w, Tensor) and not w.is_floating_point() for w in weights):
+    """Raise if the config trains nothing, whichever blocks are removed, or heals quantized weights."""
+    if healing is not None and any(not p.is_floating_point() for b in ready.stack.blocks for p in b.parameters()):
         raise StreamlineError(
-            f"{type(ready.stack.model).__name__} has quantized weights, into which trained adapters cannot be merged. "
-            "Expected floating-point weights with healing. Load the model without load_in, or train it with "
-            "student_of and train, and add the adapters to the model in full precision (Student.add_adapters_to)."
+            f"{type(ready.stack.model).__name__} has quantized weights, which cannot be healed in place. Expected "
+            "floating-point weights with healing. Load the model without load_in, or train adapters with student_of "
+            "and train, and add them to the model in full precision (Student.add_adapters_to)."
         )
     if healing is None and not ready.size.parameters:
         raise StreamlineError(

@@ -28,12 +28,12 @@ from streamline_hooks.core import (
     table,
     weights_in_memory,
 )
-from streamline_hooks.modeling import BlockStack, find_stack
+from streamline_hooks.modeling import BlockStack, Task, find_stack
 from streamline_hooks.pipeline.compress_checkpoint import BlockwiseOptions, compress_checkpoint
 from streamline_hooks.pipeline.config import CompressionConfig, RunOptions
 from streamline_hooks.repair import FoldedConfig, ScaleConfig, hidden_size_of
 from streamline_hooks.selection import target_windows
-from streamline_hooks.surgery import LOGIT_BYTES, WHOLE_LOGIT_BYTES
+from streamline_hooks.surgery import WHOLE_LOGIT_BYTES, tokens_within_memory
 
 if TYPE_CHECKING:
     from streamline_hooks.pipeline.result import CompressionResult
@@ -219,7 +219,8 @@ def compression_bytes(
     """Return the peak memory of each stage of `compress` in bytes, in addition to the model.
 
     Logits of a batch that are larger than `WHOLE_LOGIT_BYTES` are computed for a few tokens at a time, except in the
-    comparison with the original, which runs whole sequences.
+    comparison with the original, which runs whole sequences. The formula assumes that causal language models can do so.
+    Those whose logits depend on other tokens, and sharded models, need the logits of a sequence instead.
 
     `batch` and `text` are the tokens (patches of a vision model) of the largest batch and of the training and
     validation data. `windows` is the number of windows fitted in one pass, and `trained` the number of trainable
@@ -231,7 +232,9 @@ def compression_bytes(
     vocabulary = 0 if head is None else head.weight.shape[0]  # classes and embeddings are small
     cached = 2 * text * width * (hardware.kept_dtype.itemsize if hardware.kept_dtype else itemsize)
     state, whole = batch * width * itemsize, 2 * batch * vocabulary * itemsize
-    at_once = batch if 4 * batch * vocabulary <= WHOLE_LOGIT_BYTES else max(1, LOGIT_BYTES // (4 * vocabulary))
+    is_split = 4 * batch * vocabulary > WHOLE_LOGIT_BYTES and Task.of(stack.model).is_causal_lm
+    device = next(stack.model.parameters()).device
+    at_once = min(batch, tokens_within_memory(stack.model, device)) if is_split else batch
     logits, reference = at_once * vocabulary * itemsize, 4 * at_once * vocabulary
     return {
         "rank": (n + 1) * state + 16 * batch * (n + 1) ** 2,

@@ -235,7 +235,9 @@ def estimate_from_shape(
     ).windows
     window = windows[len(windows) // 2]
     unlimited = 2**62
-    stages, _ = blockwise_work(stack, config, len(window), memory=unlimited)
+    parameters = sum(p.numel() for p in stack.model.parameters())
+    itemsize = shape.weight_bytes(stack) / parameters
+    stages, _ = blockwise_work(stack, config, len(window), memory=unlimited, itemsize=itemsize)
     trained = 0
     if config.distillation is not None:
         stages.insert(-2, _training(stack, config, len(window)))

@@ -59,7 +59,6 @@ from streamline_hooks.surgery.spliced_model import (
 )
 from streamline_hooks.surgery.surgeon import LayerSurgeon
 from streamline_hooks.surgery.token_outputs import (
-    LOGIT_BYTES,
     WHOLE_LOGIT_BYTES,
     Head,
     agrees_with_forward,
@@ -83,7 +82,6 @@ __all__ = [
     "BEFORE",
     "INDEX_NAMES",
     "LAST_TOKENS",
-    "LOGIT_BYTES",
     "MODEL_TYPE",
     "PLAIN_FORMAT",
     "RECORD",

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    QuantoConfig,
+)
 
 from streamline_hooks import (
     CompressionConfig,
@@ -25,7 +33,7 @@ from streamline_hooks import (
 from streamline_hooks.core import UnsupportedSurgery
 from streamline_hooks.distillation import Student, student_of
 from streamline_hooks.modeling import find_stack
-from streamline_hooks.repair import NoneConfig, insert_replacement
+from streamline_hooks.repair import FoldedConfig, NoneConfig, ScaleConfig, fit_windows, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 
 IDS = torch.arange(1, 19).view(2, 9)
@@ -286,3 +294,30 @@ def test_other_copies_are_not_added(original: Path) -> None:
     head = student_of(find_stack(model), window, HealingConfig("lora", head=True))
     with pytest.raises(StreamlineError, match=r"lm_head outside the blocks.*without head"):
         head.add_adapters_to(model)
+
+
+@pytest.mark.parametrize("kind", ["folded", "scale"])
+def test_adapters_of_blocks_with_a_replacement_inside_are_not_added(kind: str, original: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(original)
+    config = {"folded": FoldedConfig(), "scale": ScaleConfig()}[kind]
+    (fit,) = fit_windows(model, [range(2, 4)], config, BATCHES, BATCHES[:1])
+    student = student_of(find_stack(model), [(range(2, 4), fit.replacement_module)], HealingConfig("lora"))
+    with pytest.raises(StreamlineError, match=r"part of a block.*copy_weights_to_model"):
+        student.add_adapters_to(AutoModelForCausalLM.from_pretrained(original))
+
+
+def test_adapters_of_transposed_layers_are_added_in_their_orientation(tmp_path: Path) -> None:
+    """GPT-2 has Conv1D layers, which bitsandbytes loads as linear layers; some are square, so shapes do not tell."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=6, n_head=2)).save_pretrained(tmp_path)
+    small = quantized(tmp_path, "4 bit")
+    student, _ = trained_student(small)
+    whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    student.add_adapters_to(whole)
+    for name in ("attn.c_proj", "mlp.c_fc"):
+        layer: Any = student.copies[5].get_submodule(name)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        expected = layer.scaling["default"] * (b @ a)
+        added = whole.transformer.h[5].get_submodule(name).weight - before[f"transformer.h.5.{name}.weight"]
+        torch.testing.assert_close(added, expected.T, rtol=1e-3, atol=1e-6)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from streamline_hooks.distillation import DistillationConfig, HealingConfig, Student, TrainingResult, student_of, train
-from streamline_hooks.modeling import find_stack
+from streamline_hooks.distillation.optimizer import MasterWeights
+from streamline_hooks.modeling import find_stack, get_logits
 from streamline_hooks.replacements import LinearReplacement, SwiGLUReplacement
 from streamline_hooks.testing import tiny_model
 
@@ -117,3 +119,48 @@ def test_logits_that_depend_on_other_tokens_need_whole_batches(monkeypatch: pyte
     student = Student(model, [(range(2, 4), LinearReplacement(32))])
     train(student, BATCHES, BATCHES[:1], DistillationConfig(validations=1))
     assert set(counts[-4:]) == {1}  # one sequence at a time instead
+
+
+def test_parts_have_at_most_the_tokens_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of GPT-2 is run with positions, of which there are as many as the model has."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=12, n_embd=32, n_layer=6, n_head=2)
+    small_parts(monkeypatch, tokens=1000)
+    model = GPT2LMHeadModel(config).eval()
+    counts: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, args, __: counts.append(args[0].shape[:-1].numel()))
+    student = Student(model, [(range(2, 4), LinearReplacement(32))])
+    train(student, BATCHES, BATCHES[:1], DistillationConfig(validations=1))
+    assert 8 < max(counts[-4:]) <= 11
+
+
+def test_gradients_of_a_16_bit_head_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected: list[int] = []
+    collect = MasterWeights.collect
+
+    def counting(self: MasterWeights) -> None:
+        collected.append(sum(p.grad is not None for p in self.parameters.values()))
+        collect(self)
+
+    monkeypatch.setattr(MasterWeights, "collect", counting)
+    small_parts(monkeypatch)
+    model = tiny_model("llama").to(torch.bfloat16)
+    healing = HealingConfig("partial", where="last", count=1, head=True)
+    student = student_of(find_stack(model), [(range(2, 4), LinearReplacement(32).bfloat16())], healing)
+    train(student, BATCHES[:1], BATCHES[:1], DistillationConfig(validations=1, loss={"kl": 1.0}))
+    parts = -(-22 // 5)
+    assert collected[:parts] == [1] * parts and collected[parts] > 1  # the head, then the blocks
+
+
+def test_a_student_that_runs_in_its_own_way_needs_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Louder(Student):
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            output, states = super().run(*args, **kwargs)
+            return (None if output is None else 2 * get_logits(output)), states
+
+    results = []
+    for is_split in (False, True):
+        if is_split:
+            small_parts(monkeypatch)
+        student = Louder(tiny_model("llama"), [(range(2, 4), LinearReplacement(32))])
+        results.append(train(student, BATCHES, BATCHES[:1], DistillationConfig(validations=1)).distance_before)
+    assert results[1] == pytest.approx(results[0], rel=1e-5)

@@ -55,3 +55,18 @@ def test_matrices_decay_and_each_has_its_rate() -> None:
     assert {shape: (g["initial_lr"], g["weight_decay"]) for shape, g in groups.items()} == {
         (3, 2): (0.1, 0.5), (2, 3): (0.1, 0.5), (4,): (0.1, 0.0), (2, 2): (0.025, 0.5),
     }  # fmt: skip
+
+
+def test_weights_in_another_order_of_memory_get_the_same_updates() -> None:
+    """The fused update of a CPU ignores strides, so it is used only for contiguous weights."""
+    values = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    results = []
+    for start in (values.clone(), values.T.contiguous().T):
+        parameter = torch.nn.Parameter(start)
+        optimizer = TrainingOptimizer({"weight": parameter}, DistillationConfig(), 4, lambda _: 1.0)
+        for number in range(4):
+            parameter.grad = (values + number).contiguous()
+            optimizer.step()
+        results.append(parameter.detach())
+    assert not results[1].is_contiguous()
+    torch.testing.assert_close(*results)
