@@ -6,9 +6,10 @@
 Time and memory do not depend on the values of the weights, so no checkpoint is needed. Per shape: the time of a ranking
 relative to a bare forward on the same text (in turn, ratio of medians), of the least-squares fit of a window of a
 quarter of the blocks, of a number of training steps of its SwiGLU replacement by KL, and of generation before and after
-the removal, relative to the fraction of remaining blocks. The peak memory of each stage is compared with the formula of
-`compression_bytes` plus the model. On a GPU it is what PyTorch has allocated; on a CPU it is that of the process, and
-includes its libraries. Each shape is saved to ``benchmarks/results/model_shapes.json`` and ``.md``.
+the removal, relative to the fraction of remaining blocks. The peak memory of each stage, in addition to the model, is
+compared with the formula of `compression_bytes`; more than 1 GB above it is marked. On a GPU it is what PyTorch has
+allocated; on a CPU it is that of the process, and includes its libraries. Each shape is saved to
+``benchmarks/results/model_shapes.json`` and ``.md``.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ The folders are clones of RUCKBReasoning/LLM-Streamline and mts-ai/ReplaceMe, wh
 Their functions run unchanged, with the following exceptions. LLM-Streamline: the text replaces SlimPajama; the block
 gets rotary positions, which Transformers passes to it since 4.48; batches have 2 sequences of 2,048 tokens, because
 200,000 tokens are less than one of its batches of 128. Its block is trained without a causal mask, as in its code.
-ReplaceMe: the text replaces its datasets; sums are on the CPU instead of ``cuda``; packages that only color its output
-or evaluate are not needed; its model is saved in bfloat16 and scored in float32. Each project chooses its own window.
-The rows are saved with the recipes.
+It replaces one block more than are removed by one block. ReplaceMe: the text replaces its datasets; sums are on the CPU
+instead of ``cuda``; packages that its least squares do not use are replaced by stand-ins; its distances are saved as
+Python numbers; its model is saved in bfloat16 and scored in float32. Each project chooses its own window. The rows are
+saved in the file of `benchmarks.retained_quality`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python -m benchmarks.scaling [--rounds 3] [--threads 1]
 
 One size is varied at a time, and each stage runs on one batch: a bare forward, a ranking of all windows, the
-least-squares fit of one window, and one training step of a linear map by KL. Sizes of an axis run in turn; the table
+least-squares fit of one window, and a training run of one step of a linear map by KL, with the pass of the teacher and
+two validations. Sizes of an axis run in turn; the table
 has medians. The exponent of a stage is the slope of a straight line through the logarithms of all sizes. Memory is the
 peak of a ranking in addition to the process with the model, next to the bytes of the hidden states of one batch at all
 boundaries. The speedup by a second process is that of ``benchmarks/results/processes.json``. The results are saved to

@@ -59,9 +59,10 @@ class BatchLosses:
         batches: Sequence[Batch | Tensor],
         sharded: bool,
     ) -> BatchLosses:
-        """Compute logits for a few tokens at a time if those of a batch are large.
+        """Create the losses, with logits by token if those of a batch are large.
 
-        Models whose logits depend on other tokens need whole batches, and so do students that override how they run.
+        Sharded models, models whose logits depend on other tokens, and students that override `run` or
+        `original_answers` need whole logits.
         """
         kind, stacks = type(student), {id(s): s for s in (student.stack, student.teacher_stack)}.values()
         by_token = (
@@ -82,10 +83,10 @@ class BatchLosses:
         weight: float = 1.0,
         collect: Callable[[], None] = lambda: None,
     ) -> float:
-        """Compute the gradients of `weight` times the loss, and return it.
+        """Add the gradients of `weight` times the loss to the parameters, and return `weight` times the loss.
 
-        The part of outputs is divided by `answers`, that of states by `tokens`. `collect` is called after each backward
-        pass.
+        The loss on outputs is divided by `answers`, the number of answers of a step, and that on states by `tokens`,
+        its number of real tokens. `collect` is called after each part of the gradients, to sum them in float32.
         """
         loss = self._loss(teacher_states, batch, answers, tokens, weight, collect)
         # If only modules after the blocks are trained, logits by token have computed all gradients.
@@ -158,15 +159,15 @@ class BatchLosses:
         collect: Callable[[], None],
     ) -> Tensor:
         total, gradients = torch.zeros((), device=state.device), []
-        answers = self.task.answers(state, batch)
-        for part, logits, reference, labels in self._parts(answers, exit_, batch, state.shape[1], graph=True):
+        states = self.task.answers(state, batch)
+        for part, logits, reference, labels in self._parts(states, exit_, batch, state.shape[1], graph=True):
             loss = self.objective.output_loss(logits, reference, labels) * scale
             loss.backward()
             collect()
             assert part.grad is not None
             gradients.append(part.grad)
             total += loss.detach().to(total.device)
-        loss_of_state: Tensor = _KnownGradient.apply(answers, torch.cat(gradients), total)
+        loss_of_state: Tensor = _KnownGradient.apply(states, torch.cat(gradients), total)
         return loss_of_state
 
     def _validation_sums_by_token(
@@ -174,29 +175,29 @@ class BatchLosses:
     ) -> tuple[float, float, int]:
         with self.hardware.autocast_on(self.device):
             state, _ = self.student.run_to_exit(teacher_states.entrance, batch, states=False)
-        answers, distance, others = self.task.answers(state, batch), 0.0, 0.0
+        states, distance, others = self.task.answers(state, batch), 0.0, 0.0
         for _, logits, reference, labels in self._parts(
-            answers, teacher_states.exit, batch, state.shape[1], graph=False
+            states, teacher_states.exit, batch, state.shape[1], graph=False
         ):
             distance += float(summed_logit_loss(logits, reference))
             others += self.objective.other_losses(logits, reference, labels)
-        return distance, others, len(answers)
+        return distance, others, len(states)
 
     def _parts(
-        self, answers: Tensor, exit_: Tensor | None, batch: Batch | Tensor, width: int, graph: bool
+        self, states: Tensor, exit_: Tensor | None, batch: Batch | Tensor, most: int, graph: bool
     ) -> Iterator[tuple[Tensor, Tensor, Any, Tensor | None]]:
-        """Yield states, logits, the teacher's logits and labels of a few tokens at a time, at most `width`.
+        """Yield states, logits, the teacher's logits and labels of a few tokens at a time, at most `most`.
 
-        `answers` are the student's states of the tokens of `Task.answers`, (tokens, features); `exit_` are the
+        `states` are the student's states of the tokens of `Task.answers`, (tokens, features); `exit_` are the
         teacher's states after its last block, (batch, tokens, features).
         """
-        labels = self._labels(batch, answers)
+        labels = self._labels(batch, states)
         reference = None if exit_ is None else self.task.answers(exit_, batch)
-        count = min(tokens_within_memory(self.student.model, self.device), width)  # a model has no more positions
+        count = min(tokens_within_memory(self.student.model, self.device), most)  # a model has no more positions
         with self.student.heads() as (head, teacher_head):
-            for start in range(0, len(answers), count):
+            for start in range(0, len(states), count):
                 rows = slice(start, start + count)
-                part = answers[rows].detach().requires_grad_(graph)
+                part = states[rows].detach().requires_grad_(graph)
                 with self.hardware.autocast_on(self.device):
                     original = None if reference is None else teacher_head(reference[rows].to(self.device))
                     logits = head(part)

@@ -208,8 +208,8 @@ class Student:
     def add_adapters_to(self, model: nn.Module) -> None:
         """Add the trained adapters to the weights of another model, before a surgeon removes the windows.
 
-        A student trained on quantized weights is thus transferred to the same model in full precision, whose weights do
-        not have the error of the quantization.
+        Use it after training on quantized weights, with the same model in full precision. Insert the replacements
+        afterwards with `insert_replacement`.
 
         Parameters
         ----------
@@ -219,8 +219,8 @@ class Student:
         Raises
         ------
         StreamlineError
-            If its weights are quantized or do not have the shapes of the adapters, or if the student trains modules
-            that are no adapters.
+            If its weights are quantized or do not have the shapes of the adapters, a copy of a block has no adapters, a
+            replacement is part of a block (folded, scale), or modules outside the blocks are trained.
         """
         inside = [m for _, m in self.replacement_modules if isinstance(m, (FoldedMap, ScaleFactor))]
         if inside:
@@ -298,9 +298,10 @@ class Student:
         return output, window_states
 
     def run_to_exit(self, entrance: Tensor, batch: Batch | Tensor, *, states: bool) -> tuple[Tensor, list[Tensor]]:
-        """Run the student without the modules after its blocks; return its last state instead of the output of `run`.
+        """Run the student up to its last block; return the output of that block, and the states after each window.
 
-        The first function of `heads` computes the logits from the state.
+        The output has shape (batch, tokens, features). Select tokens with `Task.answers`, and pass them to the first
+        function of `heads`.
         """
         _, state, window_states = self._run(entrance, batch, logits=False, states=states, to_exit=True)
         assert state is not None
@@ -308,7 +309,11 @@ class Student:
 
     @contextmanager
     def heads(self) -> Iterator[tuple[Head, Head]]:
-        """Yield functions from states after the last block, (tokens, features), to logits of student and teacher."""
+        """Yield two functions from outputs of the last block, (tokens, features), to logits.
+
+        The first is of the student, with gradients, the second of the teacher, without. Each call runs one block more,
+        to reach the modules after the blocks.
+        """
         with ExitStack() as opened:
             head = opened.enter_context(lm_head_of(self.stack, graph=True))
             is_other = self.teacher is not self.model

@@ -218,9 +218,9 @@ def compression_bytes(
 ) -> dict[str, int]:
     """Return the peak memory of each stage of `compress` in bytes, in addition to the model.
 
-    Logits of a batch that are larger than `WHOLE_LOGIT_BYTES` are computed for a few tokens at a time, except in the
-    comparison with the original, which runs whole sequences. The formula assumes that causal language models can do so.
-    Those whose logits depend on other tokens, and sharded models, need the logits of a sequence instead.
+    Temporary results of single operations are left out. Logits of a batch that are larger than `WHOLE_LOGIT_BYTES` are
+    computed for a few tokens at a time. The comparison with the original ("evaluate"), and models whose logits depend
+    on other tokens, run as many sequences at a time as have logits of this size, at least one.
 
     `batch` and `text` are the tokens (patches of a vision model) of the largest batch and of the training and
     validation data. `windows` is the number of windows fitted in one pass, and `trained` the number of trainable
@@ -231,7 +231,7 @@ def compression_bytes(
     head = getattr(stack.model, "get_output_embeddings", lambda: None)()
     vocabulary = 0 if head is None else head.weight.shape[0]  # classes and embeddings are small
     cached = 2 * text * width * (hardware.kept_dtype.itemsize if hardware.kept_dtype else itemsize)
-    state, whole = batch * width * itemsize, 2 * batch * vocabulary * itemsize
+    state, compared = batch * width * itemsize, min(batch, max(1, WHOLE_LOGIT_BYTES // (4 * max(1, vocabulary))))
     is_split = 4 * batch * vocabulary > WHOLE_LOGIT_BYTES and Task.of(stack.model).is_causal_lm
     device = next(stack.model.parameters()).device
     at_once = min(batch, tokens_within_memory(stack.model, device)) if is_split else batch
@@ -241,7 +241,7 @@ def compression_bytes(
         "fit": 4 * windows * (state + 16 * width**2),
         "verify": windows * state + 3 * logits + reference,
         "train": min(cached, hardware.state_memory) + 16 * trained + 8 * n * state + 3 * logits + reference,
-        "evaluate": windows * state + whole,
+        "evaluate": windows * state + 2 * compared * vocabulary * itemsize,
     }
 
 

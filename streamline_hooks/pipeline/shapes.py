@@ -296,10 +296,14 @@ def _trained_parameters(stack: BlockStack, config: CompressionConfig, window: ra
 
 
 def _training(stack: BlockStack, config: CompressionConfig, window: int) -> StageWork:
-    """Return the work of training: a teacher pass, and forward and backward passes from the window to the end."""
+    """Return the work of training: a teacher pass, and forward and backward passes from the first changed block on."""
     assert config.distillation is not None
     flops = [work.flops(config.data.sequence_length) for work in block_work(stack)]
-    after = sum(flops[(len(flops) + window) // 2 :])
+    end = (len(flops) + window) // 2
+    removed = range(end - window, end)
+    healed = config.healing.blocks(len(flops), [removed]) if config.healing is not None else []
+    start = min([end, *healed])
+    after = sum(flop for k, flop in enumerate(flops) if k >= start and k not in removed)
     head = stack.model.get_output_embeddings()  # type: ignore[operator]
     logits = 2.0 * head.weight.numel()
     tokens, epochs = config.data.calibration_tokens, config.distillation.epochs

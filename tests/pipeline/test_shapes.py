@@ -6,9 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from streamline_hooks import CompressionConfig, DataConfig, DistillationConfig, StreamlineError, Target
+from streamline_hooks import (
+    CompressionConfig,
+    DataConfig,
+    DistillationConfig,
+    HealingConfig,
+    StreamlineError,
+    Target,
+)
 from streamline_hooks.modeling import find_stack
 from streamline_hooks.pipeline import DeviceRates, ModelShape, blockwise_work, estimate_from_shape
+from streamline_hooks.pipeline.cost import block_work
 from streamline_hooks.testing import tiny_model
 
 SHAPE = ModelShape(hidden_size=64, layers=8, intermediate_size=96, heads=4, kv_heads=2, vocab_size=128)
@@ -44,6 +52,20 @@ def test_the_stages_are_those_of_the_model_itself() -> None:
     found = estimate_from_shape(shape, config=config)
     assert [stage.products for stage in found.stages] == [stage.products for stage in expected]
     assert found.weights == sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_training_with_healing_runs_all_kept_blocks_from_the_first_healed_one_on() -> None:
+    def training(healing: HealingConfig | None) -> float:
+        config = CompressionConfig(remove=2, distillation=DistillationConfig(), healing=healing)
+        return next(s.products for s in estimate_from_shape(SHAPE, config=config).stages if s.name == "train")
+
+    every, after, none = training(HealingConfig("lora")), training(HealingConfig("lora", "after")), training(None)
+    assert after == none
+    # With all blocks healed the student runs three more blocks, forward and backward, and in validations.
+    data = CompressionConfig().data
+    tokens = 3 * data.calibration_tokens + DistillationConfig().validations * data.validation_tokens
+    block = block_work(SHAPE.stack())[0].flops(data.sequence_length)
+    assert every - none == pytest.approx(3 * tokens * block)
 
 
 def test_training_runs_the_teacher_once_and_the_student_forward_and_backward() -> None:
