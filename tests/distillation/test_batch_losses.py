@@ -89,6 +89,8 @@ def test_logits_of_a_few_tokens_train_the_same_weights(case: str, monkeypatch: p
         assert [row[key] for key in ("step", "tokens", "distance", "validated")] == [
             pytest.approx(other[key], rel=1e-5) for key in ("step", "tokens", "distance", "validated")
         ]
+    losses = [[row["loss"] for row in done.history[1:]] for done in (expected, result)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert result.history[-1]["distance"] != pytest.approx(result.history[0]["distance"], rel=1e-3)
     for name, value in weights.items():
         if not name.endswith("k_proj.bias"):  # the loss does not depend on it, so its gradient is rounding
