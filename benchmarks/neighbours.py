@@ -95,7 +95,7 @@ def streamline(
         training.process_datasets = lambda *_: (_sequences(train), _sequences(validation))
         training.LlamaDecoderLayer = BlockWithPositions
         torch.manual_seed(run.seed)
-        config._attn_implementation = "eager"  # without a mask it attends to all tokens, as in the published code
+        model.set_attn_implementation("eager")  # without a mask it attends to all tokens, as in the published code
         count = len(train) * train.shape[1] // LENGTH
         numbers = {"cosine_num_data": min(50, count - 1), "train_num_data": count, "batch_size": BATCH, "epochs": 1}
         rates = {"lr": 2e-4, "min_lr": 5e-5, "wd": 1e-3, "gradient_accumulation_step": 1}
