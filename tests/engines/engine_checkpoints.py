@@ -42,7 +42,18 @@ def _qwen_file() -> Path:
 
 
 @functools.cache
+def _small_opt_folder() -> Path:
+    """Return the folder of the OPT that `benchmarks.small_opt` trains once."""
+    folder = ROOT / "build" / "small_opt"
+    if not (folder / "config.json").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.small_opt"], check=True, cwd=ROOT)
+    return folder
+
+
+@functools.cache
 def _original(name: str) -> Any:
+    if name == "small OPT":
+        return load_pretrained(_small_opt_folder())
     return load_pretrained("smollm2" if name == "SmolLM2" else _qwen_file())
 
 
@@ -109,6 +120,8 @@ CHECKPOINTS: dict[str, Callable[[], Any]] = {
     "Qwen2.5-Coder, original": partial(_copy, "Qwen2.5-Coder"),
     "Qwen2.5-Coder, none": partial(_replaced, "Qwen2.5-Coder", "none"),
     "Qwen2.5-Coder, silenced": partial(_replaced, "Qwen2.5-Coder", "silenced"),
+    "small OPT, original": partial(_copy, "small OPT"),
+    "small OPT, none": partial(_replaced, "small OPT", "none", (range(4, 6),)),
     "tiny Qwen 3, none": lambda: _tiny("qwen3"),
     "tiny Gemma 3, none": lambda: _tiny("gemma3_text"),
     "tiny Mixtral, none": lambda: _tiny("mixtral"),
