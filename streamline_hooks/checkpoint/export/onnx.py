@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     model : transformers.PreTrainedModel
         Causal language model, with or without splices.
     file : str or Path
-        File to write. Weights of more than 2 GB are written to a second file next to it.
+        File to write, with bfloat16 weights as float32. Weights of more than 2 GB are written to a second file next to
+        it.
 
     Returns
     -------
@@ -56,7 +58,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
     target, device = Path(file), next(model.parameters()).device
     batch, cached, new = _TRACED
     ids = torch.ones(batch, new, dtype=torch.long, device=device)
-    with inference(model), _batched_experts(model):
+    with inference(model), _batched_experts(model), _bfloat16_as_float32(model):
         past = _keys_and_values(model(ids[:, :cached], use_cache=True), type(model).__name__)
         inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": ids.new_ones(batch, cached + new)}
         if "position_ids" in inspect.signature(model.forward).parameters:
@@ -73,10 +75,24 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> Path:
             dynamic_shapes={"inputs": shapes, "past": [{0: dynamic, 2: dynamic}] * len(past)},
             verbose=False,
         )
-    assert program is not None
-    with atomic_file(target) as temporary_path:
-        program.save(temporary_path)
+        assert program is not None
+        with atomic_file(target) as temporary_path:
+            program.save(temporary_path)
     return target
+
+
+@contextmanager
+def _bfloat16_as_float32(model: nn.Module) -> Iterator[None]:
+    """Convert bfloat16 weights, for which ONNX Runtime has no kernels on a CPU, while the context is entered."""
+    tensors = [t for t in chain(model.parameters(), model.buffers()) if t.dtype == torch.bfloat16]
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
 
 
 @contextmanager

@@ -91,6 +91,18 @@ def test_a_mixture_of_experts(tmp_path: Path) -> None:
     assert model.config._experts_implementation == before
 
 
+def test_bfloat16_weights_are_exported_as_float32(tmp_path: Path) -> None:
+    model: Any = shortened().bfloat16()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    session, ids = session_of(model, tmp_path), tokens(2, 9)
+    after = model.state_dict()
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(9).expand(2, -1)}
+    with torch.no_grad():
+        expected = model.float()(ids).logits
+    torch.testing.assert_close(torch.tensor(run(session, batch)[0]), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "recurrent_gemma"])
 def test_a_recurrent_state_is_refused(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="it is in the environment of `make engines` only")
