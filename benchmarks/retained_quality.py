@@ -30,6 +30,7 @@ from typing import Any
 
 from torch import nn
 
+import benchmarks.losses  # noqa: F401 (registers the losses of recipes)
 from benchmarks.generation_numbers import mean_of
 from benchmarks.muon import muon_instead_of_adamw
 from benchmarks.quality_scores import CLEARLY, write
@@ -91,6 +92,9 @@ class Recipe:
         False for the control, which trains the blocks from the cut on without removing any.
     muon : bool
         Whether matrices are trained by `benchmarks.muon` instead of AdamW.
+    sequence : int, optional
+        Tokens of each training sequence; by default those of all other sequences. It does not change the number of
+        training tokens.
     """
 
     repair: ReplacementConfig = BEST.repair
@@ -98,6 +102,7 @@ class Recipe:
     healing: HealingConfig | None = BEST.healing
     removes: bool = True
     muon: bool = False
+    sequence: int | None = None
 
 
 RECIPES: dict[str, Recipe] = {
@@ -118,6 +123,10 @@ RECIPES: dict[str, Recipe] = {
         distillation=replace(SETTINGS, loss={"kl": 1.0, "lm": 1.0, "relative": 1.0})
     ),
     "Muon": Recipe(muon=True),
+    "KL of top tokens": Recipe(distillation=replace(SETTINGS, loss={"top_tokens": 1.0, "lm": 1.0})),
+    "KL of damaged tokens": Recipe(distillation=replace(SETTINGS, loss={"damaged_tokens": 1.0, "lm": 1.0})),
+    "sequences of 256": Recipe(sequence=256),
+    "sequences of 1,024": Recipe(sequence=1024),
 }
 
 
@@ -197,6 +206,11 @@ class Bench:
         text = training_text(self.data, self.tokenizer, max(run.tokens, 20 * SEQUENCE), run.seed, left_out=run.left_out)
         text = replace(text, train=text.train[: run.tokens // SEQUENCE])
         window = self.window(run, text)
+        if recipe.sequence is not None:
+            other = training_text(
+                self.data, self.tokenizer, run.tokens, run.seed, left_out=run.left_out, sequence=recipe.sequence
+            )
+            text = replace(text, train=other.train)
         began, is_resumed = time.process_time(), self.training_file(run).exists()
         student = self.student(recipe, run, window, text)
         report = None

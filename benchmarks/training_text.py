@@ -19,7 +19,7 @@ LEAST_CHARACTERS = 60  # characters of a paragraph that identifies a document
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Sequences of SEQUENCE tokens.
+    """Sequences of equal length, by default of SEQUENCE tokens.
 
     Attributes
     ----------
@@ -37,7 +37,14 @@ class TrainingText:
 
 
 def training_text(
-    data: Path, tokenizer: Any, tokens: int, seed: int = 0, *, left_out: str = "", only: str = ""
+    data: Path,
+    tokenizer: Any,
+    tokens: int,
+    seed: int = 0,
+    *,
+    left_out: str = "",
+    only: str = "",
+    sequence: int = SEQUENCE,
 ) -> TrainingText:
     """Return training text with equal numbers of tokens of each domain in ``text/train``, or of all but one, or of one.
 
@@ -52,7 +59,7 @@ def training_text(
     paths = sorted(path for path in _texts(data, "train") if path.stem != left_out and only in ("", path.stem))
     if not paths:
         raise SystemExit(f"{data / 'text' / 'train'} has no domain {only!r}. Expected the name of a file without .txt.")
-    wanted = tokens // SEQUENCE
+    wanted = tokens // sequence
     counts = [wanted // len(paths) + (k < wanted % len(paths)) for k in range(len(paths))]
     rows_by_domain = {}
     for path, count in zip(paths, counts, strict=True):
@@ -62,14 +69,14 @@ def training_text(
             documents,
             tokenizer,
             seed=seed,
-            sequence_length=SEQUENCE,
-            calibration_tokens=max(1, count) * SEQUENCE,
+            sequence_length=sequence,
+            calibration_tokens=max(1, count) * sequence,
             validation_tokens=VALIDATION,
-            test_tokens=SEQUENCE,
+            test_tokens=sequence,
         )
-        if len(split.calibration) < count or len(split.validation) < VALIDATION // SEQUENCE:
+        if len(split.calibration) < count or len(split.validation) < VALIDATION // sequence:
             raise SystemExit(
-                f"{path} has {split.calibration.numel():,} training tokens. Expected at least {count * SEQUENCE:,}."
+                f"{path} has {split.calibration.numel():,} training tokens. Expected at least {count * sequence:,}."
             )
         rows_by_domain[path.stem] = split.calibration[:count], split.validation
     positions = [torch.linspace(0, 1, len(rows) + 2)[1:-1] for rows, _ in rows_by_domain.values()]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import retained_quality, scored_tasks
+from benchmarks import losses, retained_quality, scored_tasks
 from benchmarks.last_words import LastWord
 from benchmarks.muon import MuonWithAdamW, muon_instead_of_adamw, orthogonalized
 from benchmarks.retained_quality import LEFT_OUT, RECIPES, paired_scores, table
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from benchmarks.training_text import TrainingText, training_text
+from streamline_hooks.distillation import LOSSES
 from streamline_hooks.evaluation import Problem, task_config_from_rows
 
 TEXT = "the cat sleeps under a green house near seven small apples while rain falls over the old garden"
@@ -147,6 +148,35 @@ def test_recipes_differ_from_best_in_one_setting() -> None:
     for name, recipe in RECIPES.items():
         changed = [field for field in vars(best) if getattr(recipe, field) != getattr(best, field)]
         assert len(changed) == 1 or name in ("best", "closed form", "KL alone, without healing"), name
+
+
+def test_a_recipe_with_other_sequences_is_scored_on_the_same_ones(
+    texts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = run(monkeypatch, "--recipes", "sequences of 256", "--seeds", "0")
+    assert [read for read in texts if "sequence" in read] == [{"seed": 0, "left_out": LEFT_OUT[0], "sequence": 256}]
+    assert next(iter(rows.values()))["training"]["steps"] == 20
+
+
+def test_the_kl_of_top_tokens_has_one_class_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "TOP", 2)
+    teacher = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    student = torch.tensor([[0.3, 0.3, 0.1, 0.3]]).log().requires_grad_()
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.3, 0.3, 0.4])
+    loss = losses.kl_of_top_tokens(student, teacher)
+    torch.testing.assert_close(loss, (p * (p / q).log()).sum()[None])
+    loss.sum().backward()
+    other = torch.tensor([[0.3, 0.3, 0.2, 0.2]]).log()  # the same, divided in another way among the rest
+    torch.testing.assert_close(losses.kl_of_top_tokens(other, teacher), loss.detach())
+    assert bool(student.grad.isfinite().all())  # type: ignore[union-attr]
+
+
+def test_damaged_tokens_have_larger_weights() -> None:
+    teacher = torch.zeros(2, 3)
+    student = torch.tensor([[0.1, 0.0, 0.0], [2.0, 0.0, 0.0]])
+    kl, weighted = (LOSSES[name].function(student, teacher) for name in ("kl", "damaged_tokens"))
+    torch.testing.assert_close(weighted, kl * kl / kl.mean())
+    assert losses.kl_of_damaged_tokens(teacher, teacher).tolist() == [0, 0]
 
 
 def test_muon_orthogonalizes_matrices_and_leaves_vectors_to_adamw() -> None:
