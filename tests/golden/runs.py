@@ -181,7 +181,7 @@ RUNS: dict[str, Run] = {
         "real",
         {
             "text": "text/heldout/peps.txt", "preset": "best", "remove": 0.25, "shortlist": 2, "sequence_length": 256,
-            "calibration_tokens": 10000, "fitting_tokens": 2048, "validation_tokens": 512, "test_tokens": 512,
+            "calibration_tokens": 4096, "fitting_tokens": 2048, "validation_tokens": 512, "test_tokens": 512,
         },
         trained=True,
         slow=True,
