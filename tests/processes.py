@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
-import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +29,28 @@ def in_a_new_process(code: str, *args: Any, check: bool = True) -> subprocess.Co
 def in_processes(code: str, folder: Path, count: int = 2, *args: Any, timeout: float = 240.0) -> list[dict[str, Any]]:
     """Run code in processes of one group; it finds ``rank``, ``count``, ``folder``, ``args``, and fills ``said``.
 
+    The processes are forked from one that has imported the libraries and computed nothing.
+
     Returns
     -------
     list of dict
         What each process said, by rank. Where one fails, what it wrote is shown, and none is left behind.
     """
-    whole = "\n".join(map(textwrap.dedent, (_BEFORE, code, _AFTER)))
+    (folder / "code.py").write_text("\n".join(map(textwrap.dedent, (_BEFORE, code, _AFTER))))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    runs = []
-    try:
-        for rank in range(count):
-            command = [sys.executable, "-c", whole, *map(str, (rank, count, folder, *args))]
-            out, err = ((folder / f"process-{rank}.{kind}").open("w+") for kind in ("out", "err"))
-            run = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=ROOT)
-            runs.append((run, out, err))
-        ends = time.monotonic() + timeout
-        while any(run.poll() is None for run, _, _ in runs) and time.monotonic() < ends:
-            if any(run.poll() for run, _, _ in runs):  # one has failed: the others notice soon, or never
-                ends = min(ends, time.monotonic() + 10.0)
-            time.sleep(0.05)
-    finally:
-        for run, _, _ in runs:
-            run.kill()
-            run.wait()
-    texts = []
-    for _, out, err in runs:
-        with out, err:
-            out.seek(0)
-            err.seek(0)
-            texts.append((out.read(), err.read()))
-    for rank, (run, (_, told)) in enumerate(zip((run for run, _, _ in runs), texts, strict=True)):
-        assert run.returncode == 0, f"process {rank} of {count} ended with {run.returncode}:\n{told[-6000:]}"
-    return [json.loads(text.splitlines()[-1]) for text, _ in texts]
+    command = [sys.executable, "-c", _FORKS, *map(str, (count, folder, *args))]
+    with subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE) as run:
+        try:
+            ended = run.communicate(timeout=timeout)[0].decode().split()
+        except subprocess.TimeoutExpired:
+            ended = ["unfinished"] * count
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    texts = [[(folder / f"process-{rank}.{kind}").read_text() for kind in ("out", "err")] for rank in range(count)]
+    for rank, status in enumerate(ended):
+        assert status == "0", f"process {rank} of {count} ended with {status}:\n{texts[rank][1][-6000:]}"
+    return [json.loads(out.splitlines()[-1]) for out, _ in texts]
 
 
 def in_two_processes(code: str, folder: Path) -> list[dict[str, Any]]:
@@ -68,13 +59,44 @@ def in_two_processes(code: str, folder: Path) -> list[dict[str, Any]]:
 
 
 _LONGEST = 600  # seconds
+_FORKS = """
+import os, sys, time, traceback
+import torch
+import streamline_hooks.distillation, streamline_hooks.pipeline, streamline_hooks.testing
+from transformers.models.llama import modeling_llama
+
+count, folder, *args = int(sys.argv[1]), *sys.argv[2:]
+ranks = {}
+for rank in range(count):
+    if pid := os.fork():
+        ranks[pid] = rank
+        continue
+    for stream, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/process-{rank}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    try:
+        exec(compile(open(f"{folder}/code.py").read(), "<string>", "exec"), globals())
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(1)
+statuses, ends = {}, float("inf")
+while len(statuses) < count and time.monotonic() < ends:
+    pid, status = os.waitpid(-1, os.WNOHANG)
+    if not pid:
+        time.sleep(0.02)
+        continue
+    statuses[ranks[pid]] = os.waitstatus_to_exitcode(status)
+    if status:  # the others notice soon, or never
+        ends = min(ends, time.monotonic() + 10)
+print(*(statuses.get(rank, "unfinished") for rank in range(count)))
+"""
 _BEFORE = """
     import datetime, json, os, sys, warnings
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("ignore")
-    rank, count, folder, args, said = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:], {}
+    said = {}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=120)

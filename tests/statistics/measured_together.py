@@ -118,8 +118,8 @@ def process(rank: int, folder: Path) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
+    mp.start_processes(process, (folder,), nprocs=2, start_method="fork")  # before anything is computed
     torch.save(results(tiny_model("llama")), folder / "one.pt")
-    mp.spawn(process, (folder,), nprocs=2)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def process(rank: int, wrapping: str, folder: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    for wrapping in ("ddp", "fsdp"):  # before anything is computed
+        mp.start_processes(process, (wrapping, folder), nprocs=2, start_method="fork")
     train(tiny_model("llama").train(), slice(0, 4), folder / "one.jsonl")
-    for wrapping in ("ddp", "fsdp"):
-        mp.spawn(process, (wrapping, folder), nprocs=2)
 
 
 if __name__ == "__main__":

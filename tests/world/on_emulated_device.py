@@ -1,4 +1,7 @@
-"""Tests on an emulated accelerator or a real one; `test_emulated_device` runs them in a process of their own."""
+"""Tests on an emulated accelerator or a real one; `test_emulated_device` runs them in a process of their own.
+
+Results of the CPU are computed before the device is emulated, which slows each operation.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ Batches = list[dict[str, Tensor]]
 WINDOW = range(1, 3)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def waits() -> Iterator[Counter[str]]:
     with emulated_device() as counted:
         yield counted
@@ -148,9 +151,10 @@ RUNS: dict[str, Callable[[Any, Batches], Any]] = {
 def test_results_are_those_of_the_cpu(name: str) -> None:
     model, batches = tiny_model("llama"), batches_of(3)
     expected = RUNS[name](copy.deepcopy(model), batches)
-    emulated: Any = model.to(NAME)
-    assert next(emulated.parameters()).device.type == NAME
-    result = RUNS[name](emulated, on(NAME, batches))
+    with emulated_device():
+        emulated: Any = model.to(NAME)
+        assert next(emulated.parameters()).device.type == NAME
+        result = RUNS[name](emulated, on(NAME, batches))
     torch.testing.assert_close(torch.as_tensor(result), torch.as_tensor(expected), rtol=1e-3, atol=1e-4)
 
 
@@ -160,10 +164,11 @@ def test_large_logits_are_those_of_the_cpu(name: str, monkeypatch: pytest.Monkey
     expected = RUNS[name](copy.deepcopy(model), batches)
     monkeypatch.setattr("streamline_hooks.surgery.token_outputs.WHOLE_LOGIT_BYTES", 0)
     monkeypatch.setattr("streamline_hooks.surgery.token_outputs.LOGIT_BYTES", 3 * 64)  # three tokens
-    emulated: Any = model.to(NAME)
     sizes: list[int] = []
-    emulated.lm_head.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))
-    result = RUNS[name](emulated, on(NAME, batches))
+    with emulated_device():
+        emulated: Any = model.to(NAME)
+        emulated.lm_head.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))
+        result = RUNS[name](emulated, on(NAME, batches))
     torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=1e-3, atol=1e-4)
     assert max(sizes[1:]) == 3
 
@@ -177,12 +182,14 @@ MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("name", MIXED)
 def test_operations_on_two_devices_raise(name: str) -> None:
     with pytest.raises(RuntimeError, match="same device"):
         MIXED[name](torch.ones(3), torch.ones(3).to(NAME))
 
 
+@pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize("place", ["forward hook", "replacement"])
 def test_a_tensor_on_the_cpu_is_noticed(place: str) -> None:
     """Planted: a tensor that is created without a device."""
@@ -278,6 +285,7 @@ def test_a_read_for_each_token_is_noticed(monkeypatch: pytest.MonkeyPatch, waits
     assert many > few
 
 
+@pytest.mark.usefixtures("waits")
 def test_students_are_trained_where_the_model_is() -> None:
     model: Any = tiny_model("llama").to(NAME)
     module = LinearReplacement(32).to(NAME)
