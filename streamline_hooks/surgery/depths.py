@@ -194,7 +194,7 @@ def at_depth(model: nn.Module, depth: int) -> Iterator[nn.Module]:
 
     Notes
     -----
-    All threads see the depth, and only the thread that chose it may run the model inside the context. A cache of keys
+    All threads see the depth: another thread that runs the model inside the context runs this depth. A cache of keys
     and values belongs to the depth at which it was filled; running the model with it at another depth raises.
 
     Examples
