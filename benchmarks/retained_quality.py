@@ -95,6 +95,8 @@ class Recipe:
     sequence : int, optional
         Tokens of each training sequence; by default those of all other sequences. It does not change the number of
         training tokens.
+    repeated : float
+        Fraction of the training sequences whose second half is replaced by their first half.
     """
 
     repair: ReplacementConfig = BEST.repair
@@ -103,6 +105,7 @@ class Recipe:
     removes: bool = True
     muon: bool = False
     sequence: int | None = None
+    repeated: float = 0.0
 
 
 RECIPES: dict[str, Recipe] = {
@@ -125,6 +128,8 @@ RECIPES: dict[str, Recipe] = {
     "Muon": Recipe(muon=True),
     "KL of top tokens": Recipe(distillation=replace(SETTINGS, loss={"top_tokens": 1.0, "lm": 1.0})),
     "KL of damaged tokens": Recipe(distillation=replace(SETTINGS, loss={"damaged_tokens": 1.0, "lm": 1.0})),
+    "a quarter repeats passages": Recipe(repeated=0.25),
+    "half repeats passages": Recipe(repeated=0.5),
     "sequences of 256": Recipe(sequence=256),
     "sequences of 1,024": Recipe(sequence=1024),
 }
@@ -211,6 +216,9 @@ class Bench:
                 self.data, self.tokenizer, run.tokens, run.seed, left_out=run.left_out, sequence=recipe.sequence
             )
             text = replace(text, train=other.train)
+        if recipe.repeated:
+            split = TokenSplit(text.train, text.validation, text.validation, fingerprint="")
+            text = replace(text, train=with_repeated_passages(split, recipe.repeated).calibration)
         began, is_resumed = time.process_time(), self.training_file(run).exists()
         student = self.student(recipe, run, window, text)
         report = None

@@ -158,6 +158,23 @@ def test_a_recipe_with_other_sequences_is_scored_on_the_same_ones(
     assert next(iter(rows.values()))["training"]["steps"] == 20
 
 
+@pytest.mark.usefixtures("texts")
+def test_a_recipe_repeats_passages_in_the_training_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, validated = [], []
+
+    def stop(student: Any, train: list[Any], validation: list[Any], *args: Any, **options: Any) -> Any:
+        trained.extend(batch["input_ids"] for batch in train)
+        validated.extend(batch["input_ids"] for batch in validation)
+        raise SystemExit
+
+    monkeypatch.setattr(retained_quality, "train", stop)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--recipes", "a quarter repeats passages", "--seeds", "0")
+    repeats = [torch.equal(*row.chunk(2)) for rows in trained for row in rows]
+    assert (len(repeats), sum(repeats)) == (20, 5)
+    assert not any(torch.equal(*row.chunk(2)) for rows in validated for row in rows)
+
+
 def test_the_kl_of_top_tokens_has_one_class_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "TOP", 2)
     teacher = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
