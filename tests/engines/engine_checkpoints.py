@@ -135,7 +135,7 @@ def folder_of(root: Path, name: str) -> Path:
 
 
 def write_checkpoint(root: Path, name: str) -> Path:
-    """Save a checkpoint with prompts and Transformers' answers, unless it exists."""
+    """Save a checkpoint with prompts, unless it exists."""
     folder = folder_of(root, name)
     if (folder / "prompts.json").is_file():
         return folder

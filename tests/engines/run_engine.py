@@ -1,7 +1,7 @@
-"""Generate greedily in one engine: python -m tests.engines.run_engine ENGINE CHECKPOINT.
+"""Generate greedily in one engine: python -m tests.engines.run_engine ENGINE CHECKPOINT [PROMPTS].
 
-Prints ``{"tokens": [...], "engine": NAME AND VERSION}`` as JSON: for each prompt of the checkpoint, which all run in
-one batch, its new tokens. The environment has to contain the engine and this library.
+Prints ``{"tokens": [...], "engine": NAME AND VERSION}`` as JSON: for each prompt, by default those of the checkpoint,
+its new tokens. Up to `SLOTS` prompts run in one batch. The environment has to contain the engine and this library.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 Tokens = list[list[int]]
+SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,21 @@ class Request:
         """The dtype of the saved weights."""
         return str(json.loads((self.folder / "config.json").read_text()).get("dtype", "float32"))
 
-    def padded(self) -> tuple[Any, Any]:
-        """Return the prompts and their mask, padded on the left."""
+    def padded(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the prompts of each batch and their mask, padded on the left."""
         import torch
 
-        longest = max(map(len, self.prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in self.prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
-        return ids, mask
+        for start in range(0, len(self.prompts), SLOTS):
+            prompts = self.prompts[start : start + SLOTS]
+            longest = max(map(len, prompts))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+            yield ids, mask
 
 
 def main() -> None:
     engine, folder = sys.argv[1], Path(sys.argv[2])
-    content = json.loads((folder / "prompts.json").read_text())
+    content = json.loads(Path(*sys.argv[3:] or [folder / "prompts.json"]).read_text())
     os.environ["HF_HUB_OFFLINE"] = "1"
     request = Request(
         folder, content["prompts"], content["never"], content["new_tokens"], content.get("quantized", False)
@@ -65,12 +69,13 @@ def in_transformers(request: Request) -> Tokens:
 
         quantize(model, weights=qint8)
         freeze(model)
-    ids, mask = request.padded()
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=request.count, min_new_tokens=request.count, do_sample=False,
-        pad_token_id=0, eos_token_id=None, suppress_tokens=request.never,
-    )  # fmt: skip
-    tokens: Tokens = output[:, ids.shape[1] :].tolist()
+    tokens: Tokens = []
+    for ids, mask in request.padded():
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=request.count, min_new_tokens=request.count,
+            do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=request.never,
+        )  # fmt: skip
+        tokens += output[:, ids.shape[1] :].tolist()
     return tokens
 
 
@@ -82,7 +87,7 @@ def in_vllm(request: Request) -> Tokens:
 
     llm = LLM(
         model=str(request.folder), dtype=request.dtype, enforce_eager=True, max_model_len=128,
-        max_num_seqs=len(request.prompts), skip_tokenizer_init=True,
+        max_num_seqs=SLOTS, skip_tokenizer_init=True,
     )  # fmt: skip
     sampling = SamplingParams(
         temperature=0, max_tokens=request.count, min_tokens=request.count, ignore_eos=True, detokenize=False,
@@ -100,7 +105,7 @@ def in_llama_cpp(request: Request) -> Tokens:
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "model.gguf"
         export_folder(request.folder, file, "gguf", dtype="q8_0" if request.quantized else half)
-        answers = generate(file, request.prompts, request.count, len(request.prompts), request.never)
+        answers = generate(file, request.prompts, request.count, SLOTS, request.never)
         return [answer.tokens for answer in answers]
 
 
@@ -118,21 +123,23 @@ def in_onnx_runtime(request: Request) -> Tokens:
 
             quantize_dynamic(file, file := Path(temporary) / "quantized.onnx")
         session = onnxruntime.InferenceSession(str(file))
-        new, mask = request.padded()
         inputs = {entry.name: entry for entry in session.get_inputs()}
         cache = [entry for name, entry in inputs.items() if name.startswith("past_key_values")]
-        past: list[Any] = [torch.zeros(len(new), entry.shape[1], 0, entry.shape[3]).numpy() for entry in cache]
-        generated = []
-        for _ in range(request.count):
-            position = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -new.shape[1] :]
-            feed = {"input_ids": new, "attention_mask": mask, "position_ids": position}
-            values = {name: value.numpy() for name, value in feed.items() if name in inputs}
-            logits, *past = session.run(None, values | {c.name: value for c, value in zip(cache, past, strict=True)})
-            scores = torch.tensor(logits[:, -1]).index_fill(1, torch.tensor(request.never), -torch.inf)
-            new = scores.argmax(dim=-1)[:, None]
-            mask = torch.cat([mask, torch.ones_like(new)], dim=1)
-            generated.append(new)
-        tokens: Tokens = torch.cat(generated, dim=1).tolist()
+        tokens: Tokens = []
+        for new, mask in request.padded():
+            past: list[Any] = [torch.zeros(len(new), entry.shape[1], 0, entry.shape[3]).numpy() for entry in cache]
+            generated = []
+            for _ in range(request.count):
+                position = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -new.shape[1] :]
+                feed = {"input_ids": new, "attention_mask": mask, "position_ids": position}
+                values = {name: value.numpy() for name, value in feed.items() if name in inputs}
+                values |= {entry.name: value for entry, value in zip(cache, past, strict=True)}
+                logits, *past = session.run(None, values)
+                scores = torch.tensor(logits[:, -1]).index_fill(1, torch.tensor(request.never), -torch.inf)
+                new = scores.argmax(dim=-1)[:, None]
+                mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+                generated.append(new)
+            tokens += torch.cat(generated, dim=1).tolist()
         return tokens
 
 
