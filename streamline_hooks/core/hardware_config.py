@@ -27,7 +27,8 @@ class HardwareConfig(Config):
         better, needs more memory, and takes fewer steps on the same text. Batches passed by the caller keep their size.
     autocast : {"bfloat16", "float16"}, optional
         Data type of matrix products in training and in the teacher's forward pass, set by `torch.autocast`. Weights
-        keep their data type. With None (default), the data type of the weights is used.
+        keep their data type. With None (default), the data type of the weights is used. float16 is refused for
+        training, because small gradients become 0.
     state_memory : int
         Memory in bytes for cached hidden states: the teacher's states on the calibration text, as much again for the
         validation text, and the states of a model that is run block by block. States beyond it are written to temporary

@@ -3,6 +3,7 @@
 from streamline_hooks.distillation.config import DistillationConfig
 from streamline_hooks.distillation.healing import HealingConfig, freeze_all_but, healing_copies, student_of
 from streamline_hooks.distillation.losses import LOSSES, Loss, Objective, register_loss
+from streamline_hooks.distillation.optimizer import refuse_float16
 from streamline_hooks.distillation.progress import TrainingCallback, TrainingProgress, TrainingResult
 from streamline_hooks.distillation.prompt_student import PromptSkipStudent, prompt_of, skips_any
 from streamline_hooks.distillation.student import Student
@@ -26,6 +27,7 @@ __all__ = [
     "freeze_all_but",
     "healing_copies",
     "prompt_of",
+    "refuse_float16",
     "register_loss",
     "skips_any",
     "student_of",

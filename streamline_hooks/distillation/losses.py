@@ -181,6 +181,8 @@ def summed_logit_loss(
     weights = (forward, reverse, text)
     if not (torch.is_grad_enabled() and repaired.requires_grad):
         return _SummedKL.run(repaired, original, weights, labels, gradient=False)
+    if torch.finfo(original.dtype).bits < torch.finfo(repaired.dtype).bits:
+        original = original.to(repaired.dtype)  # its memory receives the gradient
     result: Tensor = _SummedKL.apply(repaired, original, weights, labels)
     return result
 

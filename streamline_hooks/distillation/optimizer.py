@@ -12,7 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from streamline_hooks.core import HardwareConfig, StreamlineError
 from streamline_hooks.distillation.config import DistillationConfig
+
+
+def refuse_float16(modules: Iterable[nn.Module], hardware: HardwareConfig) -> None:
+    """Raise if gradients would pass through float16, in which small ones become 0."""
+    in_weights = any(p.dtype == torch.float16 for module in modules for p in module.parameters())
+    if in_weights or hardware.autocast_dtype == torch.float16:
+        problem = "The weights are float16" if in_weights else "autocast is float16"
+        raise StreamlineError(
+            f"{problem}, in which small gradients become 0. Expected bfloat16 or float32 for training. "
+            + ("Load the model with one of them." if in_weights else "Use autocast='bfloat16', or leave it out.")
+        )
 
 
 class TrainingSchedule:

@@ -27,7 +27,7 @@ from streamline_hooks.core import (
 from streamline_hooks.distillation.config import DistillationConfig
 from streamline_hooks.distillation.loop import RankShare, TrainingLoop
 from streamline_hooks.distillation.losses import Objective
-from streamline_hooks.distillation.optimizer import cached_autocast_weights
+from streamline_hooks.distillation.optimizer import cached_autocast_weights, refuse_float16
 from streamline_hooks.distillation.progress import TrainingCallback, TrainingResult
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.teacher_cache import TeacherCache, cache_for_student
@@ -76,7 +76,8 @@ def train(
     Raises
     ------
     StreamlineError
-        If there is nothing to train, no data, or the checkpoint file belongs to another run. In a distributed run every
+        If there is nothing to train, no data, weights or autocast in float16, or the checkpoint file belongs to another
+        run. In a distributed run every
         rank raises if one rank fails or has other arguments.
 
     Notes
@@ -153,6 +154,7 @@ def _train(
         _require_reached(student, config.objective)
         _require_comparable(student, config.objective)
         trained_modules = [module for modules in student.modules.values() for module in modules]
+        refuse_float16([student.model, *trained_modules], hardware)
         exits.enter_context(
             cached_autocast_weights([student.model, student.teacher, *trained_modules], hardware.autocast_dtype)
         )

@@ -17,6 +17,7 @@ from streamline_hooks.core import (
     Batch,
     StreamlineError,
     count_tokens,
+    get_logger,
     prepare_inputs,
     progress_bar,
     rows_at_once,
@@ -24,8 +25,9 @@ from streamline_hooks.core import (
     validate_arguments,
 )
 from streamline_hooks.modeling import Task, closing_generator, inference, kl_by_token
-from streamline_hooks.surgery import split_large_batches
+from streamline_hooks.surgery import find_prompt_skip, split_large_batches
 
+logger = get_logger(__name__)
 _MIN_EXPONENT, _MAX_EXPONENT, _BINS_PER_DECADE = -8, 3, 100  # neighboring bin edges differ by 2.3 %
 _BINS = (_MAX_EXPONENT - _MIN_EXPONENT) * _BINS_PER_DECADE + 2  # plus one bin below and one above the range
 
@@ -183,6 +185,8 @@ def agreement(
             f"{type(original).__name__} returns embeddings, which have no KL divergence. Expected a model with logits. "
             "Call embedding_similarity."
         )
+    if any(find_prompt_skip(m) is not None for m in (model, original)):
+        logger.warning("The prompts of a model skip blocks, but this comparison runs all of them for every token")
     total = Agreement(unit=task.unit)
     with run_paired(model, original, split_large_batches(original, batches), desc, task) as pairs:
         for _, _, reference, answers in pairs:

@@ -23,7 +23,7 @@ from streamline_hooks.core import (
 from streamline_hooks.evaluation.agreement import run_paired
 from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskSettings, TaskSource, load_tasks
 from streamline_hooks.modeling import Task, kl_by_token
-from streamline_hooks.surgery import split_large_batches
+from streamline_hooks.surgery import find_prompt_skip, split_large_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +79,8 @@ class Guarantee:
         """Estimate how many units are needed for another bound, see `required_units`."""
         low, high = self.limits
         scaled = [(loss - low) / (high - low) for loss in self.losses]
-        return required_units(scaled, (bound - low) / (high - low), self.delta)
+        units = required_units(scaled, (bound - low) / (high - low), self.delta)
+        return units if units is None or self.bound <= bound else max(units, self.units + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields except the losses as JSON values."""
@@ -193,7 +194,13 @@ def bound_losses(
     if measure == "accuracy_drop":
         losses = units.score_drops(original, compressed)
     else:
-        losses = _document_losses(original, compressed, units.batches, measure, clip)
+        if any(find_prompt_skip(model) is not None for model in (original, compressed)):
+            raise StreamlineError(
+                f"guarantee: measure={measure!r} compares forward passes, in which a model whose prompts skip blocks "
+                "runs all of them. Expected models without a PromptSkip. Use measure='accuracy_drop', which runs the "
+                "contexts of tasks as prompts."
+            )
+        losses = [min(loss, high) for loss in _document_losses(original, compressed, units.batches, measure, clip)]
     bound = low + (high - low) * mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta)
     mean, limits = float(np.mean(losses)), (low, high)
     return Guarantee(measure, bound, mean, len(losses), delta, units.fingerprint, tuple(losses), limits)
@@ -278,7 +285,9 @@ def required_units(losses: Sequence[float], limit: float, delta: float = 0.05, *
     values = np.asarray(losses, dtype=float)
 
     def is_enough(units: int) -> bool:
-        return _test_of_means(np.resize(values, units), delta, seed)(limit)
+        """Whether quantiles of the given losses, as many as there are units, are below the limit."""
+        ranks = (np.arange(units) + 0.5) * len(values) / units
+        return _test_of_means(np.sort(values)[ranks.astype(int)], delta, seed)(limit)
 
     units = 1
     while not is_enough(units):
@@ -360,6 +369,12 @@ def load_guarantee_data(
                 "both. Pass names or files of tasks, and tokenizer=..."
             )
         tasks = load_tasks(data, settings or TaskSettings())
+        questions = [question for task in tasks.values() for question in task.questions()]
+        if copies := len(questions) - len(set(questions)):
+            raise StreamlineError(
+                f"guarantee: {copies} of {len(questions)} questions occur twice, so they are not independent. Expected "
+                "different questions. Pass each task once, alone or in its group, and remove copies from its data."
+            )
         return GuaranteeData(
             texts_digest(task.digest() for task in tasks.values())[:16], tasks=tasks, tokenizer=tokenizer
         )

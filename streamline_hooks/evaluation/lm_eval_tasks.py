@@ -179,6 +179,14 @@ class LoadedTask:
             for name, task in self.tasks.items()
         }
 
+    def questions(self) -> list[str]:
+        """Return the documents that are scored."""
+        documents: list[str] = []
+        for name, task in self.tasks.items():
+            docs = task.eval_docs  # each access processes the documents again
+            documents += [repr(docs[k]) for k in self._chosen[name]]
+        return documents
+
     def digest(self) -> str:
         """Return a digest of config, data, settings and the version of lm-eval, for caches."""
         texts = [version("lm_eval"), repr(self.settings)]

@@ -31,7 +31,7 @@ from streamline_hooks.core import (
     shard_rows,
 )
 from streamline_hooks.data import check_packing
-from streamline_hooks.distillation import Student, TrainingResult
+from streamline_hooks.distillation import Student, TrainingResult, refuse_float16
 from streamline_hooks.evaluation import (
     CollapseCheck,
     GenerationComparison,
@@ -149,6 +149,7 @@ class CompressionRun:
         self.task.check_model(self.model)
         if config.distillation is not None:
             config.distillation.objective.require_task(self.task)
+            refuse_float16([self.model], config.hardware)
         criterion = config.search.resolved_criterion
         if not self.task.is_causal_lm and criterion.name in ("perplexity", "taylor"):
             raise StreamlineError(

@@ -19,7 +19,19 @@ INDEX_NAMES = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index",
 _MIN_BLOCKS = 3
 
 # Lists in a configuration that never have one entry per block, regardless of their length.
-_NOT_PER_BLOCK = ("token_id", "architectures", "bad_words", "_ids", "languages", "kernel", "image", "mrope_section")
+_NOT_PER_BLOCK = (
+    "token_id",
+    "architectures",
+    "bad_words",
+    "_ids",
+    "languages",
+    "kernel",
+    "image",
+    "mrope_section",
+    "conv_",
+    "tdnn_",
+    "suppress_tokens",
+)
 
 # Attributes that refer to blocks by index: how many of the first ones are built differently, the last of the blocks
 # that are built differently, how many of the last ones are, and which ones are.
@@ -36,9 +48,11 @@ _BLOCK_NUMBERS = (
     "hybrid_layer_ids",
     "mlp_only_layers",
     "moe_layers",
-    "ple_layer_ids",
     "rope_scaling_layers",
 )
+_BLOCK_NUMBERS_FROM_1 = ("ple_layer_ids",)
+# A list with one entry per block, the number of the block whose keys it reads.
+_SOURCES = ("kv_source_layers",)
 # A scale divided by the square root of the number of blocks; a pattern repeated over the blocks; another name for the
 # number of blocks.
 _DEPTH_SCALES = ("scale_depth",)
@@ -172,6 +186,12 @@ def config_for_blocks(
             new[name] = len(origins)
         elif name in _BLOCK_NUMBERS and isinstance(value, (list, tuple)):
             new[name] = type(value)(slot for slot, source in enumerate(origins) if source in value)
+        elif name in _BLOCK_NUMBERS_FROM_1 and isinstance(value, (list, tuple)):
+            new[name] = type(value)(slot + 1 for slot, source in enumerate(origins) if source + 1 in value)
+        elif name in _SOURCES and isinstance(value, (list, tuple)):
+            # -1, which Transformers refuses, if the block with the keys is removed
+            slots = {source: slot for slot, source in enumerate(origins)}
+            new[name] = type(value)(slots.get(value[source], -1) for source in origins)
         elif not isinstance(value, (list, tuple)) or any(part in name for part in _NOT_PER_BLOCK):
             continue
         elif len(value) == length:

@@ -167,6 +167,17 @@ def test_a_loss_with_no_value_for_each_position_is_refused(reduced: Callable[...
         loss(torch.ones(5, 3), torch.zeros(5, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_has_the_precision_of_the_student(dtype: torch.dtype) -> None:
+    """Many answers in a step make gradients small: those of a teacher in float16 would all be 0."""
+    teacher = torch.randn(4, 5000).to(dtype)
+    student = (teacher.float() + 0.01 * torch.randn(4, 5000)).requires_grad_()
+    loss = Objective({"kl": 1.0}).output_loss(student, teacher.clone(), None) / 16384
+    loss.backward()
+    expected = (student.detach().softmax(dim=-1) - teacher.float().softmax(dim=-1)) / 16384
+    torch.testing.assert_close(student.grad, expected, rtol=1e-3, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "lm"])
 def test_the_function_of_a_loss_is_what_is_computed_with_less_memory(name: str) -> None:
     student, teacher = torch.randn(70, 11), torch.randn(70, 11)

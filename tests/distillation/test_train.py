@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from streamline_hooks import StreamlineError, distillation
+from streamline_hooks import CompressionConfig, StreamlineError, compress, distillation
 from streamline_hooks.cli import parse_healing, parse_loss
 from streamline_hooks.core import HardwareConfig
 from streamline_hooks.distillation.config import DistillationConfig
@@ -152,6 +152,25 @@ def test_autocast_is_for_the_products_of_both_and_no_weight_changes_its_precisio
     train(plain, BATCHES, VALIDATION, settings)
     assert not torch.equal(weights(student)[0], weights(plain)[0])
     assert torch.allclose(weights(student)[0], weights(plain)[0], atol=0.05)
+
+
+@pytest.mark.parametrize("where", ["weights", "autocast"])
+def test_float16_is_refused_in_which_small_gradients_become_0(where: str) -> None:
+    model, module = tiny_model("llama"), LinearReplacement(32)
+    if where == "weights":
+        model.half()
+    hardware = HardwareConfig(autocast="float16" if where == "autocast" else None)
+    with pytest.raises(StreamlineError, match="float16, in which small gradients become 0.*bfloat16"):
+        train(Student(model, [(range(2, 4), module)]), BATCHES, VALIDATION, QUICK, hardware=hardware)
+
+
+def test_compress_refuses_float16_before_anything_runs() -> None:
+    config = CompressionConfig(remove=2, distillation=QUICK, hardware=HardwareConfig(autocast="float16"))
+    model, ran = tiny_model("llama"), []
+    model.register_forward_hook(lambda *_: ran.append(True))
+    with pytest.raises(StreamlineError, match="autocast is float16"):
+        compress(model, BATCHES, config)
+    assert not ran
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:

@@ -23,6 +23,7 @@ from streamline_hooks.evaluation import (
     run_tasks,
     task_config_from_rows,
 )
+from streamline_hooks.surgery import PromptSkip
 from tests.tiny_models import left_padded, tiny_model, tokens
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -77,6 +78,16 @@ def test_the_number_of_units_that_are_needed_is_enough_and_not_many_fewer_are() 
     assert required_units(losses, 0.02) is None
 
 
+def test_the_number_of_units_depends_neither_on_the_order_nor_on_a_lucky_beginning() -> None:
+    losses = [0.0] * 180 + [0.5] * 220  # the first ones are better than the limit
+    counts = {required_units(values, 0.3) for values in (losses, losses[::-1], losses[::2] + losses[1::2])}
+    assert len(counts) == 1 and 300 < (counts.pop() or 0) < 500
+    statement = Guarantee("disagreement", mean_upper_bound(losses), 0.275, 400, 0.05, "8e1c", tuple(losses))
+    assert statement.bound > 0.3 and (statement.required_units(0.3) or 0) > 400
+    lucky = Guarantee("disagreement", 0.31, 0.0, 400, 0.05, "8e1c", (0.0,) * 400)
+    assert lucky.required_units(0.3) == 401, "more than those that were not enough"
+
+
 def pair() -> tuple[Any, Any]:
     """A model and a copy without two blocks."""
     original = tiny_model("llama")
@@ -112,6 +123,30 @@ def test_the_divergence_is_that_of_agreement_unless_it_is_clipped() -> None:
     assert statement.mean < statement.bound <= 50
     clipped = guarantee(original, compressed, batches, "kl", clip=0.01)
     assert clipped.mean < statement.mean and clipped.mean <= clipped.bound <= 0.01 + 1e-9
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.1])
+def test_a_clip_that_is_no_float32_bounds_the_losses(clip: float) -> None:
+    original, compressed = pair()
+    with torch.no_grad():
+        compressed.lm_head.weight.mul_(-30)  # each token is clipped
+    statement = guarantee(original, compressed, [tokens(4, 9)], "kl", clip=clip)
+    assert statement.losses == (clip,) * 4 and statement.bound == pytest.approx(clip)
+
+
+@pytest.mark.parametrize("measure", ["disagreement", "kl"])
+def test_a_forward_pass_says_nothing_of_a_model_whose_prompts_skip_blocks(
+    measure: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = tiny_model("llama")
+    skipping = copy.deepcopy(original)
+    with PromptSkip(skipping, range(2, 4), last_tokens=1) as skip:
+        skip.commit()
+    for models in ((original, skipping), (skipping, original)):
+        with pytest.raises(StreamlineError, match="skip blocks.*Use measure='accuracy_drop'"):
+            guarantee(*models, [tokens(2, 9)], measure)
+    assert agreement(skipping, original, [tokens(2, 9)]).kl < 1e-6
+    assert "skip blocks, but this comparison runs all of them" in caplog.text
 
 
 def test_a_text_that_occurs_twice_is_found_among_rows_of_other_lengths(stories: tuple[Any, Any]) -> None:
@@ -167,6 +202,16 @@ def test_the_drop_in_accuracy_is_that_of_the_scores_by_question(stories: tuple[A
     assert statement.units == 20 and statement.mean == pytest.approx(drops.mean())
     assert statement.bound == pytest.approx(2 * mean_upper_bound(((1 + drops) / 2).tolist()) - 1)
     assert "20 questions" in str(statement)
+
+
+def test_questions_that_occur_twice_are_refused(stories: tuple[Any, Any]) -> None:
+    model, tokenizer = stories
+    for tasks in (
+        [task_config_from_rows(ROWS, "one"), task_config_from_rows(ROWS, "other")],
+        [task_config_from_rows(ROWS * 2, "twice")],
+    ):
+        with pytest.raises(StreamlineError, match="24 of 48 questions occur twice"):
+            guarantee(model, copy.deepcopy(model), tasks, "accuracy_drop", tokenizer=tokenizer)
 
 
 REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {

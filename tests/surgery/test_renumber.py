@@ -76,6 +76,20 @@ def test_lists_counts_and_numbers_in_the_configuration() -> None:
     }
 
 
+def test_numbers_from_one_and_numbers_of_other_blocks_in_the_configuration() -> None:
+    config = SimpleNamespace(num_hidden_layers=6, ple_layer_ids=[3, 6], kv_source_layers=[0, 1, 1, 3, 3, 5])
+    new = config_for_blocks(config, "num_hidden_layers", 6, [0, 1, 2, 4, 5])
+    assert new["ple_layer_ids"] == [3, 5]  # Qwen 4 counts from 1
+    assert new["kv_source_layers"] == [0, 1, 1, -1, 4]  # Mistral Large 4; the source of block 4 is removed
+    assert config_for_blocks(config, "num_hidden_layers", 6, [1, 2, 3, 4])["kv_source_layers"] == [0, 0, 2, 2]
+
+
+def test_lists_that_are_as_long_as_the_stack_by_chance() -> None:
+    names = ("conv_dim", "conv_stride", "tdnn_dim", "tdnn_dilation", "begin_suppress_tokens")
+    config = SimpleNamespace(num_hidden_layers=2, **{name: [7, 8] for name in names})
+    assert config_for_blocks(config, "num_hidden_layers", 2, [1]) == {"num_hidden_layers": 1}
+
+
 def test_overrides_by_number_follow_their_block() -> None:
     spec = SimpleNamespace(per_layer_overrides={1: {"width": 5}, 3: {"width": 7}})
     config = SimpleNamespace(num_hidden_layers=4, _heterogeneity_spec=spec)

@@ -27,7 +27,7 @@ from streamline_hooks.checkpoint.export.gguf_architectures import (
     write_settings,
 )
 from streamline_hooks.checkpoint.export.gguf_vocabulary import write_vocabulary
-from streamline_hooks.checkpoint.export.plain import check_no_splices
+from streamline_hooks.checkpoint.export.plain import check_no_prompt_skip, check_no_splices
 from streamline_hooks.core import StreamlineError, atomic_file
 from streamline_hooks.modeling import find_stack
 from streamline_hooks.replacements import NormedLinearReplacement
@@ -96,6 +96,7 @@ def export_gguf(
 
     config: Any = model.config
     check_gguf(config, dtype)
+    check_no_prompt_skip(model)
     if model.get_output_embeddings() is None:
         raise StreamlineError(
             f"A {type(model).__name__} has no LM head. Expected a causal language model. Load it with "

@@ -106,7 +106,7 @@ def _adds_space(tokenizer: dict[str, Any]) -> bool:
 
 def _end_tokens(known: int | None, wanted: Sequence[int], file: Path) -> dict[str, int]:
     """Return the ids of the tokens that end a text, by their names in GGUF."""
-    ends = sorted(dict.fromkeys(wanted), key=lambda token: token != known) or [token for token in [known] if token]
+    ends = sorted(dict.fromkeys(wanted), key=lambda token: token != known) or ([] if known is None else [known])
     names = ("eos", "eot", "eom")
     if not 0 < len(ends) <= len(names):
         raise StreamlineError(

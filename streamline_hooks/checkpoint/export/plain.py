@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from streamline_hooks.checkpoint.save import atomic_checkpoint
 from streamline_hooks.core import StreamlineError
 from streamline_hooks.modeling import find_stacks, sentence_folder_of
-from streamline_hooks.surgery import AFTER, BEFORE, spliced
+from streamline_hooks.surgery import AFTER, BEFORE, find_prompt_skip, spliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,10 +43,11 @@ def check_no_splices(model: PreTrainedModel) -> None:
 
 def check_no_prompt_skip(model: PreTrainedModel) -> None:
     """Raise if the prompts of a model skip blocks, which no exported format describes."""
-    if "prompt_skip" in (getattr(model.config, "streamline_hooks", None) or ()):
+    committed = "prompt_skip" in (getattr(model.config, "streamline_hooks", None) or ())
+    if committed or find_prompt_skip(model) is not None:
         raise StreamlineError(
             f"The prompts of this {type(model).__name__} skip blocks, and the exported model would not. Expected a "
-            "model without a committed PromptSkip. Export the original, whose other weights are the same."
+            "model without a PromptSkip. Export the original, whose other weights are the same."
         )
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from streamline_hooks import LayerSurgeon, StreamlineError, find_stack
 from streamline_hooks.checkpoint import export_gguf
 from streamline_hooks.replacements import LinearReplacement, NormedLinearReplacement
+from streamline_hooks.surgery import PromptSkip
 from streamline_hooks.testing import tiny_model as library_model
 from tests.tiny_models import repaired, tiny_model, tokens
 
@@ -223,6 +224,22 @@ def test_linear_maps_in_the_place_of_attentions(tmp_path: Path) -> None:
     assert not [name for name in found if "splice" in name]
 
 
+def test_prompts_that_skip_blocks_are_refused_beside_linear_maps(tmp_path: Path) -> None:
+    model = llama()
+    with LayerSurgeon(model) as surgeon:
+        surgeon.zero_branch(1, "attention")
+        surgeon.insert(1, linear_attention(model, seed=2))
+        surgeon.commit()
+    for commits in (False, True):
+        with PromptSkip(model, range(2, 4), last_tokens=1) as skip:
+            if commits:
+                skip.commit()
+            with pytest.raises(StreamlineError, match="prompts of this .* skip blocks"):
+                export_gguf(model, tmp_path / "model.gguf")
+    with pytest.raises(StreamlineError, match="prompts of this .* skip blocks"):
+        export_gguf(model, tmp_path / "model.gguf")
+
+
 def test_linear_maps_that_no_file_can_hold(tmp_path: Path) -> None:
     first, plain = llama(), llama()
     for model, k, module in ((first, 0, linear_attention(first, seed=0)), (plain, 2, LinearReplacement(32))):
@@ -361,6 +378,17 @@ def test_without_an_end_of_text_llama_cpp_would_choose_one(tmp_path: Path) -> No
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     with pytest.raises(StreamlineError, match=r"0 tokens end a text"):
         export_gguf(model, tmp_path / "model.gguf", tokenizer=folder)
+
+
+def test_the_first_token_may_end_a_text(tmp_path: Path) -> None:
+    folder, model = saved_tokenizer(tmp_path / "t"), llama()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].insert(0, {**content["added_tokens"][0], "id": 0, "content": ")"})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": ")"}')
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    export_gguf(model, tmp_path / "model.gguf", tokenizer=folder)
+    assert settings_of(tmp_path / "model.gguf")["tokenizer.ggml.eos_token_id"] == 0
 
 
 @pytest.mark.parametrize("name", ["Lowercase", "NFKC", "StripAccents"])
