@@ -3,10 +3,10 @@
     python -m benchmarks.small_opt [--data FOLDER] [--threads N] [--anew]
 
 A byte-level BPE and an OPT with 8 blocks (4.4 million parameters, learned positions, ReLU, pre-norm) are trained on
-``text/train`` for 1.3 epochs, which takes about 20 minutes on two idle cores, with matrix products in bfloat16 where the
-processor has them. A checkpoint is saved every minute, and
-an interrupted run is resumed. Model and tokenizer are saved to ``build/small_opt``; the perplexities of the model and
-of a bigram on the held-out domains are saved to ``benchmarks/results/small_opt.json``.
+``text/train`` for 1.3 epochs. That takes about 20 minutes on two idle cores whose products in bfloat16 are fast, and
+twice as long in float32 on others. A checkpoint is saved every minute, and an interrupted run is resumed. Model and
+tokenizer are saved to ``build/small_opt``; the perplexities of the model and of a bigram on the held-out domains are
+saved to ``benchmarks/results/small_opt.json``.
 """
 
 from __future__ import annotations
