@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.engine_matrix import is_worse, page, verdict, write_contexts
+from tests.engines import engine_matrix
+from tests.engines.engine_matrix import equal_tokens, is_worse, page, verdict, write_contexts
 
 RIGHT, LATE = [[1, 2, 3, 4]], [[1, 9, 3, 4]]
 """Tokens that are generated from one prompt; those after the first difference do not count."""
@@ -17,6 +18,11 @@ RIGHT, LATE = [[1, 2, 3, 4]], [[1, 9, 3, 4]]
 def one_by_one(*tokens: int) -> list[list[int]]:
     """Return tokens that are predicted after each part of a text."""
     return [[token] for token in tokens]
+
+
+@pytest.fixture(autouse=True)
+def one_token_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_matrix, "STEP", 1)
 
 
 ALL, MOST, HALF, FEW = one_by_one(1, 2, 3, 4), one_by_one(1, 9, 3, 4), one_by_one(1, 9, 9, 4), one_by_one(9, 9, 9, 4)
@@ -57,11 +63,17 @@ def test_fewer_equal_tokens_are_worse_beyond_two_standard_errors(right: int, exp
     assert is_worse([True] * right + [False] * (256 - right), of) == expected
 
 
-def test_contexts_are_the_parts_of_the_text(tmp_path: Path) -> None:
+def test_contexts_are_the_parts_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"prompts": [[7], [8, 9]], "never": [0], "new_tokens": 3, "quantized": True}
     (tmp_path / "prompts.json").write_text(json.dumps(content))
     written = json.loads(write_contexts(tmp_path, {"tokens": [[1, 2, 3], [4, 5, 6]]}).read_text())
     assert written["prompts"] == [[7], [7, 1], [7, 1, 2], [8, 9], [8, 9, 4], [8, 9, 4, 5]]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_matrix, "STEP", 2)
+        fewer = json.loads(write_contexts(tmp_path, {"tokens": [[1, 2, 3], [4, 5, 6]]}).read_text())["prompts"]
+        assert fewer == [[7], [7, 1, 2], [8, 9], [8, 9, 4, 5]]
+        cell = {"tokens": one_by_one(1, 9, 4, 6)}
+        assert equal_tokens(cell, {"tokens": [[1, 2, 3], [4, 5, 6]]}) == [True, False, True, True]
     assert written["new_tokens"] == 1 and written["quantized"] and written["never"] == [0]
 
 
