@@ -150,8 +150,9 @@ def page(cells: Mapping[str, Any]) -> str:
         "In bfloat16 (compared with Transformers in bfloat16) and with weights of 8 bits (int8, quantized by each "
         "engine in its own way, compared with float32 in Transformers) the percentage is that of equal next tokens "
         f"after {len(PROMPT_TOKENS) * NEW_TOKENS // STEP} parts of Transformers' texts. It has to be at most two "
-        "standard errors below that of the original in the same engine and precision. The small OPT is the trained one of "
-        "`benchmarks.small_opt`; a tiny model is a random one with 8 blocks, of which one is removed.",
+        "standard errors below that of the original in the same engine and precision. The small OPT is that of "
+        "`benchmarks.small_opt` or one that is trained for a tenth of its steps; a tiny model is random, with 8 blocks, "
+        "of which one is removed.",
         "",
         f"| checkpoint | {' | '.join(NAMES.values())} |",
         f"|{'---|' * (len(NAMES) + 1)}",
