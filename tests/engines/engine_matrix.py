@@ -151,8 +151,8 @@ def page(cells: Mapping[str, Any]) -> str:
         "engine in its own way, compared with float32 in Transformers) the percentage is that of equal next tokens "
         f"after {len(PROMPT_TOKENS) * NEW_TOKENS // STEP} parts of Transformers' texts. It has to be at most two "
         "standard errors below that of the original in the same engine and precision. The small OPT is that of "
-        "`benchmarks.small_opt` or one that is trained for a tenth of its steps; a tiny model is random, with 8 blocks, "
-        "of which one is removed.",
+        "`benchmarks.small_opt` or one that is trained for a tenth of its steps; a tiny model is random, with 8 "
+        "blocks, of which one is removed.",
         "",
         f"| checkpoint | {' | '.join(NAMES.values())} |",
         f"|{'---|' * (len(NAMES) + 1)}",
