@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from tests.engines.engine_checkpoints import CHECKPOINTS, NEW_TOKENS, PROMPT_TOKENS, write_checkpoint
@@ -84,7 +85,7 @@ def answer(folder: Path, engine: str, python: str, prompts: Path | None = None) 
     if process.returncode == 0 and lines:
         return dict(json.loads(lines[-1]))
     errors = [line for line in process.stderr.splitlines() if "Error" in line and not line.startswith(" ")]
-    return {"error": (errors or process.stderr.splitlines() or ["no answer"])[-1][:600]}
+    return {"error": shorten((errors or process.stderr.splitlines() or ["no answer"])[-1], 1500, placeholder=" ...")}
 
 
 def equal_tokens(cell: Mapping[str, Any], reference: Mapping[str, Any]) -> list[bool]:
