@@ -55,7 +55,7 @@ def main() -> None:
             wanted = not options.only or name in options.only or engine in options.only
             if wanted and (options.again or key not in cells):
                 folder = write_checkpoint(options.folder, name)
-                prompts = write_contexts(folder, _reference(cells, name)) if _is_rounded(name, engine) else None
+                prompts = write_contexts(folder, _reference(cells, name), name) if _is_rounded(name, engine) else None
                 cells[key] = answer(folder, engine, pythons[engine], prompts)
                 print(key, cells[key].get("error", "ok"), flush=True)
                 TABLE.write_text(json.dumps(cells, indent=1, sort_keys=True) + "\n")
@@ -64,8 +64,10 @@ def main() -> None:
         sys.exit(f"These passed before: {', '.join(sorted(worse))}.")
 
 
-def write_contexts(folder: Path, reference: Mapping[str, Any]) -> Path:
+def write_contexts(folder: Path, reference: Mapping[str, Any] | None, name: str) -> Path:
     """Write a file with each prompt followed by the first 0, STEP, ... tokens of Transformers; return its path."""
+    if reference is None or "tokens" not in reference:
+        sys.exit(f"{name} is compared with the same weights in Transformers, which were not run. Run that row first.")
     content = json.loads((folder / "prompts.json").read_text())
     pairs = zip(content["prompts"], reference["tokens"], strict=True)
     content["prompts"] = [prompt + tokens[:k] for prompt, tokens in pairs for k in range(0, len(tokens), STEP)]

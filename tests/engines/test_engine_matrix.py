@@ -66,14 +66,16 @@ def test_fewer_equal_tokens_are_worse_beyond_two_standard_errors(right: int, exp
 def test_contexts_are_the_parts_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"prompts": [[7], [8, 9]], "never": [0], "new_tokens": 3, "quantized": True}
     (tmp_path / "prompts.json").write_text(json.dumps(content))
-    written = json.loads(write_contexts(tmp_path, {"tokens": [[1, 2, 3], [4, 5, 6]]}).read_text())
+    written = json.loads(write_contexts(tmp_path, {"tokens": [[1, 2, 3], [4, 5, 6]]}, "x").read_text())
     assert written["prompts"] == [[7], [7, 1], [7, 1, 2], [8, 9], [8, 9, 4], [8, 9, 4, 5]]
     with monkeypatch.context() as patch:
         patch.setattr(engine_matrix, "STEP", 2)
-        fewer = json.loads(write_contexts(tmp_path, {"tokens": [[1, 2, 3], [4, 5, 6]]}).read_text())["prompts"]
+        fewer = json.loads(write_contexts(tmp_path, {"tokens": [[1, 2, 3], [4, 5, 6]]}, "x").read_text())["prompts"]
         assert fewer == [[7], [7, 1, 2], [8, 9], [8, 9, 4, 5]]
         cell = {"tokens": one_by_one(1, 9, 4, 6)}
         assert equal_tokens(cell, {"tokens": [[1, 2, 3], [4, 5, 6]]}) == [True, False, True, True]
+    with pytest.raises(SystemExit, match="SmolLM2, int8 is compared with .* Run that row first"):
+        write_contexts(tmp_path, None, "SmolLM2, int8")
     assert written["new_tokens"] == 1 and written["quantized"] and written["never"] == [0]
 
 
