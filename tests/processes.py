@@ -47,6 +47,7 @@ def in_processes(code: str, folder: Path, count: int = 2, *args: Any, timeout: f
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
+    assert len(ended) == count, f"the process that starts {count} others ended with {run.returncode}"
     texts = [[(folder / f"process-{rank}.{kind}").read_text() for kind in ("out", "err")] for rank in range(count)]
     for rank, status in enumerate(ended):
         assert status == "0", f"process {rank} of {count} ended with {status}:\n{texts[rank][1][-6000:]}"

@@ -76,9 +76,8 @@ def train(
     Raises
     ------
     StreamlineError
-        If there is nothing to train, no data, weights or autocast in float16, or the checkpoint file belongs to another
-        run. In a distributed run every
-        rank raises if one rank fails or has other arguments.
+        If there is nothing to train, no data, weights or autocast are float16, or the checkpoint file belongs to
+        another run. In a distributed run every rank raises if one rank fails or has other arguments.
 
     Notes
     -----

@@ -180,20 +180,19 @@ class LoadedTask:
         }
 
     def questions(self) -> list[str]:
-        """Return the documents that are scored."""
-        documents: list[str] = []
-        for name, task in self.tasks.items():
-            docs = task.eval_docs  # each access processes the documents again
-            documents += [repr(docs[k]) for k in self._chosen[name]]
-        return documents
+        """Return the scored documents of all tasks."""
+        return [question for name in self.tasks for question in self._questions(name)]
+
+    def _questions(self, name: str) -> list[str]:
+        docs = self.tasks[name].eval_docs  # each access processes the documents again
+        return [repr(docs[k]) for k in self._chosen[name]]
 
     def digest(self) -> str:
         """Return a digest of config, data, settings and the version of lm-eval, for caches."""
         texts = [version("lm_eval"), repr(self.settings)]
         for name, task in self.tasks.items():
             texts += [name, repr({key: value for key, value in task.dump_config().items() if key != "custom_dataset"})]
-            docs = task.eval_docs  # each access processes the documents again
-            texts += [repr(docs[k]) for k in self._chosen[name]]
+            texts += self._questions(name)
             if task.get_config("num_fewshot"):
                 texts += map(repr, task.fewshot_docs() or ())
         return texts_digest(texts)

@@ -127,7 +127,7 @@ def verdict(cells: Mapping[str, Any], name: str, engine: str) -> str:
 
 
 def _is_rounded(name: str, engine: str) -> bool:
-    """Whether tokens are compared one by one: the reference itself generates a text."""
+    """Whether single next tokens are compared. Transformers in bfloat16 is the reference, which generates a text."""
     return name.endswith(PRECISIONS) and not (name.endswith("bfloat16") and engine == "transformers")
 
 
