@@ -27,6 +27,7 @@ help: ## Show this list
 DEMO_PROMPTS := "What is the capital of France?" "What is Python used for?" "What is a list in Python?"
 
 demo: $(VENV)/.stamp-demo ## Remove 2 blocks of a real model, repair the loss, and compare what both models generate
+	@echo "Starting. The first import of PyTorch and Transformers can take half a minute, without output."
 	$(BIN)/streamline-hooks compress smollm2 --config examples/demo.yaml --output $(DEMO_MODEL) --overwrite
 	@echo
 	$(BIN)/streamline-hooks generate $(DEMO_MODEL) $(DEMO_PROMPTS) --against smollm2 --chat --max-new-tokens 48
