@@ -23,7 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from streamline_hooks import (
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.core import HardwareConfig, split_into_batches
 from streamline_hooks.data import TokenSplit, with_repeated_passages
-from streamline_hooks.distillation import Student, student_of
+from streamline_hooks.distillation import Student, TeacherCache, cache_teacher_states, student_of
 from streamline_hooks.evaluation import (
     Agreement,
     Estimate,
@@ -191,6 +191,7 @@ class Bench:
         self.content = json.loads(self.file.read_text()) if self.file.exists() else empty
         self.content |= {"machine": machine(), "model": Path(options.model).stem, "length": len(self.stack)}
         self.tasks: dict[str, ScoredTasks] = {}
+        self.shared = SharedStates()
 
     def save(self) -> None:
         write(self.file, self.content)
@@ -221,8 +222,11 @@ class Bench:
             text = replace(text, train=with_repeated_passages(split, recipe.repeated).calibration)
         began, is_resumed = time.process_time(), self.training_file(run).exists()
         student = self.student(recipe, run, window, text)
-        report = None
+        report, saved = None, 0.0
         if recipe.distillation is not None:
+            if not recipe.distillation.objective.needs_states:
+                key = (run.seed, run.tokens, recipe.sequence, recipe.repeated, student.start)
+                saved = self.shared.give(student, split_into_batches(text.train, 1), key)
             with muon_instead_of_adamw() if recipe.muon else nullcontext():
                 trained = train(
                     student,
@@ -238,7 +242,7 @@ class Bench:
             report = trained.report()
         student.merge()
         student.training = False
-        minutes = None if is_resumed else (time.process_time() - began) / 60
+        minutes = None if is_resumed else (time.process_time() - began + saved) / 60
         with student.applied():
             row = {
                 "recipe": run.recipe,
@@ -328,6 +332,27 @@ class Bench:
         folder = ROOT / "build" / self.file.stem
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{run.key.replace(' ', '')}.training"
+
+
+class SharedStates:
+    """States of the original on the training text, which the runs on the same text from the same block share."""
+
+    def __init__(self) -> None:
+        self.opened, self.key, self.seconds = ExitStack(), (), 0.0
+        self.cache: TeacherCache | None = None
+
+    def give(self, student: Student, batches: Sequence[Any], key: tuple[Any, ...]) -> float:
+        """Give the states to a student; return the CPU seconds that an earlier run spent on them."""
+        spent = self.seconds
+        if key != self.key:
+            self.opened.close()
+            began = time.process_time()
+            with fast_products(student.model):
+                cached = cache_teacher_states(student.model, batches, student.start, hardware=HARDWARE)
+                self.cache = self.opened.enter_context(cached)
+            self.key, self.seconds, spent = key, time.process_time() - began, 0.0
+        student.teacher_cache = self.cache
+        return spent
 
 
 def choose_window(model: nn.Module, text: TrainingText, size: int) -> range:

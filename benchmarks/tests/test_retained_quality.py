@@ -159,6 +159,28 @@ def test_a_recipe_with_other_sequences_is_scored_on_the_same_ones(
 
 
 @pytest.mark.usefixtures("texts")
+def test_recipes_on_the_same_text_share_the_states_of_the_original(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cached, cache = [], retained_quality.cache_teacher_states
+    monkeypatch.setattr(
+        retained_quality,
+        "cache_teacher_states",
+        lambda *args, **options: cached.append(args[2]) or cache(*args, **options),
+    )
+    names = ("control", "linear", "half repeats passages", "all blocks healed")
+    together = run(monkeypatch, "--recipes", ",".join(names), "--seeds", "0")
+    assert cached == [1, 1, 0]  # the first changed block, or other text
+    monkeypatch.setattr(retained_quality, "FILE", tmp_path / "alone.json")
+    for name in names[1:]:
+        run(monkeypatch, "--recipes", name, "--seeds", "0")
+    alone = json.loads(retained_quality.FILE.read_text())["rows"]
+    assert {key: row["development"] for key, row in alone.items()} == {
+        key: row["development"] for key, row in together.items() if row["recipe"] != "control"
+    }
+
+
+@pytest.mark.usefixtures("texts")
 def test_a_recipe_repeats_passages_in_the_training_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
     trained, validated = [], []
 
