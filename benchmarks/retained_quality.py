@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +31,11 @@ from typing import Any
 from torch import nn
 
 import benchmarks.losses  # noqa: F401 (registers the losses of recipes)
-from benchmarks.generation_numbers import mean_of
+from benchmarks.generation_numbers import mean_of, pass_of
 from benchmarks.muon import muon_instead_of_adamw
 from benchmarks.quality_scores import CLEARLY, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments, heldout
-from benchmarks.scored_tasks import LAST_WORD, ScoredTasks
+from benchmarks.scored_tasks import LAST_WORD, SAMPLED, SAMPLES, ScoredTasks
 from benchmarks.short_answers import fast_products, products, sets_of
 from benchmarks.timing import machine
 from benchmarks.training_text import TrainingText, training_text
@@ -73,6 +73,7 @@ LEFT_OUT = ("peps", "fiction_austen_doyle", "blog_18f")  # by seed
 QUESTIONS = ("arc_easy", "commonsense_qa", "copa", "hellaswag", "piqa", "winograd_wsc", "blimp")
 DEVELOPMENT, FINAL = "development", "0"  # draws
 DEVELOPMENT_ITEMS, FINAL_ITEMS = 60, 300
+PASS_AT = (1, SAMPLES)
 HELDOUT_SEQUENCES, UNSEEN_SEQUENCES = 6, 16
 CHOOSING, SHORTLIST = 40_960, 8  # tokens and windows for the choice of the blocks
 STARTING = 0.2  # fraction of the text for the initial fit
@@ -304,6 +305,9 @@ class Bench:
             "right": tasks.score(model),
             "chance": tasks.chance,
             "original": self.answers_of(tasks),
+            "sampled": tasks.sample(model),
+            "chance_of_pass": {str(k): tasks.chance_of_pass(k) for k in PASS_AT},
+            "original_sampled": self.samples_of(tasks),
         }
 
     def tasks_of(self, draw: str, items: int) -> ScoredTasks:
@@ -313,9 +317,18 @@ class Bench:
 
     def answers_of(self, tasks: ScoredTasks) -> str:
         """Return the name under which the answers of the original are stored; the original answers once."""
-        name = f"{next(draw for draw, own in self.tasks.items() if own is tasks)}, {products()}"
+        return self._of_original(f"{self._draw(tasks)}, {products()}", tasks.score)
+
+    def samples_of(self, tasks: ScoredTasks) -> str:
+        """Return the name under which the sampled answers of the original are stored."""
+        return self._of_original(f"{self._draw(tasks)}, sampled, {products()}", tasks.sample)
+
+    def _draw(self, tasks: ScoredTasks) -> str:
+        return next(draw for draw, own in self.tasks.items() if own is tasks)
+
+    def _of_original(self, name: str, score: Callable[[nn.Module], Any]) -> str:
         if name not in self.content["originals"]:
-            self.content["originals"][name] = tasks.score(self.original)
+            self.content["originals"][name] = score(self.original)
             self.save()
         return name
 
@@ -392,7 +405,9 @@ def table(content: Mapping[str, Any]) -> str:
         "domains with and without training text. KL is in nats per token from the original. Classification "
         f"({', '.join(QUESTIONS)}) and generation (synthetic problems and last words) are the retained fraction of the "
         "accuracy above chance, over tasks on which the original is clearly above chance; *accuracy* is the ratio of "
-        "mean accuracies in classification. Intervals are 95 % bootstrap intervals over items. Minutes are CPU time of "
+        f"mean accuracies in classification. pass@k is the retained fraction, above guessing, of the probability that "
+        f"one of k sampled answers to a problem is right, from {SAMPLES} answers to each of {SAMPLED} problems per "
+        "kind. Intervals are 95 % bootstrap intervals over items. Minutes are CPU time of "
         "one thread for fit and training.",
     ]
     for (removed, tokens), rows in sorted(groups.items(), reverse=True):
@@ -427,8 +442,8 @@ def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[
 def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
         "| recipe | seeds | KL, known | KL, unknown | perplexity, known | perplexity, unknown | classification "
-        "| accuracy | generation | by seed | minutes |",
-        f"|{'---|' * 11}",
+        f"| accuracy | generation | by seed | {' | '.join(f'pass@{k}' for k in PASS_AT)} | minutes |",
+        f"|{'---|' * (11 + len(PASS_AT))}",
     ]
     for name, own in rows.items():
         cells = [name, _seeds(own)]
@@ -450,6 +465,10 @@ def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, A
         cells += [_estimate(classification.above_chance), _estimate(classification.ratio)]
         cells.append(_estimate(generation.above_chance))
         cells.append(", ".join("-" if s.above_chance is None else f"{s.above_chance.value:.0%}" for s in by_seed))
+        cells += [
+            _estimate(relative_accuracy(paired_samples(content, own, k), clearly=CLEARLY)["generation"].above_chance)
+            for k in PASS_AT
+        ]
         lines.append(f"| {' | '.join([*cells, _minutes(own)])} |")
     return lines
 
@@ -473,6 +492,20 @@ def paired_scores(content: Mapping[str, Any], rows: Sequence[dict[str, Any]], dr
         clusters = [k % sets for k in range(len(scores[0]))] if sets else []
         group = "classification" if is_question else "generation"
         paired.append(PairedScores(task, *scores, rows[0][draw]["chance"].get(task, 0.0), group, clusters))
+    return paired
+
+
+def paired_samples(content: Mapping[str, Any], rows: Sequence[dict[str, Any]], k: int) -> list[PairedScores]:
+    """Pair the pass@k of the original and of a recipe on each problem, averaged over seeds."""
+    paired, first = [], rows[0]["final"]
+    for kind in first["sampled"]:
+        sides = [
+            [content["originals"][row["final"]["original_sampled"]][kind] for row in rows],
+            [row["final"]["sampled"][kind] for row in rows],
+        ]
+        scores = [mean_of([[pass_of(right, SAMPLES, k) for right in counts] for counts in side]) for side in sides]
+        clusters = [problem % sets_of(FINAL_ITEMS) for problem in range(len(scores[0]))]
+        paired.append(PairedScores(kind, *scores, first["chance_of_pass"][str(k)][kind], "generation", clusters))
     return paired
 
 

@@ -11,12 +11,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.generation_scores import AT_ONCE, bits
+from benchmarks.generation_scores import AT_ONCE, SAMPLING, bits
 from benchmarks.heldout_pieces import last_words
 from benchmarks.multiple_choice import TASKS, task_of
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import CHOICES_AT_ONCE
-from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, problems_of, same_answer
+from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, guessed, problems_of, same_answer
 from streamline_hooks.evaluation import (
     ANSWER_STOP,
     TaskSettings,
@@ -28,6 +28,7 @@ from streamline_hooks.evaluation import (
 
 SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
 LAST_WORD = "last word"
+SAMPLED, SAMPLES = 60, 8  # problems of each kind with sampled answers, and answers to each of them
 
 
 class ScoredTasks:
@@ -96,6 +97,26 @@ class ScoredTasks:
             self.chance[name] = result.chance
             results[name] = bits([score == 1 for score in result.scores])
         return results
+
+    def sample(self, model: Any) -> dict[str, list[int]]:
+        """Return how many of `SAMPLES` sampled answers to each of the first `SAMPLED` problems are right, by kind."""
+        right = {}
+        with fast_products(model):
+            for kind, problems in self.problems.items():
+                config = TextGenerationConfig(
+                    new_tokens=answer_tokens(self.tokenizer, problems),
+                    samples=SAMPLES,
+                    stop=ANSWER_STOP,
+                    batch_size=AT_ONCE["pass_at"],
+                    **SAMPLING,
+                )
+                solved = solve_problems(model, self.tokenizer, problems[:SAMPLED], config, desc=f"{kind}, sampled")
+                right[kind] = [sum(tries) for tries in solved.solved]
+        return right
+
+    def chance_of_pass(self, k: int) -> dict[str, float]:
+        """Return the accuracy of guessing k times by the frequency of the answers, for the problems of `sample`."""
+        return {kind: guessed(problems[:SAMPLED], problems, k) for kind, problems in self.problems.items()}
 
     def score_last_words(self, model: Any) -> str:
         """Return in which passages the next word is the right one, as bits."""

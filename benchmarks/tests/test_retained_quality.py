@@ -96,6 +96,8 @@ def test_final_scores_are_added_to_rows_without_them(
     assert row["development"] == first[key]["development"]
     assert set(row["final"]["right"]) == {"copying", "last word", "copa"} and set(row["final"]["text"]) == set(LEFT_OUT)
     assert row["final"]["chance"]["copa"] == 0.5
+    (counts,) = row["final"]["sampled"].values()
+    assert len(counts) == 2 and row["final"]["chance_of_pass"].keys() == {"1", "8"}
     assert row["final"]["text"][LEFT_OUT[0]]["kl"] > 0
     assert not list(retained_quality.ROOT.rglob("*.training"))
 
@@ -109,7 +111,13 @@ def _row(seed: int, right: Mapping[str, str], unknown: float) -> dict[str, Any]:
         "minutes": 4.0,
         "training": None,
         "development": {"kl": {"seen": 0.3, "unseen": unknown}, **scores},
-        "final": {"text": kl, **scores},
+        "final": {
+            "text": kl,
+            **scores,
+            "sampled": {"copying": [2] * 60},
+            "chance_of_pass": {"1": {"copying": 0.05}, "8": {"copying": 0.3}},
+            "original_sampled": "s",
+        },
     }
 
 
@@ -117,11 +125,13 @@ def test_the_table_separates_known_and_unknown_text() -> None:
     original = {"copa": "1" * 90 + "0" * 10, "copying": "1" * 80 + "0" * 20, "last word": "1" * 50 + "0" * 50}
     half = {"copa": "1" * 70 + "0" * 30, "copying": "1" * 40 + "0" * 60, "last word": "1" * 25 + "0" * 75}
     rows = {"best | 8 | 1024 | 0": _row(0, half, 0.9), "best | 8 | 1024 | 1": _row(1, half, 0.7)}
-    content = {"model": "small", "length": 30, "originals": {"o": original}, "rows": rows}
+    originals = {"o": original, "s": {"copying": [4] * 60}}
+    content = {"model": "small", "length": 30, "originals": originals, "rows": rows}
     lines = table(content).splitlines()
     (final, development) = (line for line in lines if line.startswith("| best |"))
     assert final.startswith("| best | 0, 1 | 0.200 | 0.800 | 1.10 | 1.10 | 50.0% [")
     assert "| 50%, 50% |" in final and "77.8%" in final
+    assert f"| {(0.25 - 0.05) / (0.5 - 0.05):.1%} [" in final and "| 100.0% [" in final
     assert development.startswith("| best | 0, 1 | 0.300 | 0.800 | 0.900, 0.700 |")
     scores = {score.name: score for score in paired_scores(content, list(rows.values()), "final")}
     assert scores["copying"].group == "generation" and scores["copa"].group == "classification"
