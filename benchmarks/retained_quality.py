@@ -24,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from streamline_hooks import (
     CompressionConfig,
     DistillationConfig,
     HealingConfig,
+    LayerSurgeon,
     fit_windows,
     profile,
     train,
@@ -65,8 +66,15 @@ from streamline_hooks.evaluation import (
 )
 from streamline_hooks.modeling import Task, find_stack
 from streamline_hooks.pipeline import split_held_out
-from streamline_hooks.repair import BlockConfig, FoldedConfig, LinearConfig, ReplacementConfig, SilencedConfig
-from streamline_hooks.selection import WindowSearch, windows_of_size
+from streamline_hooks.repair import (
+    BlockConfig,
+    FoldedConfig,
+    LinearConfig,
+    ReplacementConfig,
+    SilencedConfig,
+    replace_branches,
+)
+from streamline_hooks.selection import AttentionSearch, MLPSearch, WindowSearch, windows_of_size
 
 FILE = RESULTS / "retained_quality.json"
 LEFT_OUT = ("peps", "fiction_austen_doyle", "blog_18f")  # by seed
@@ -77,6 +85,7 @@ PASS_AT = (1, SAMPLES)
 HELDOUT_SEQUENCES, UNSEEN_SEQUENCES = 6, 16
 CHOOSING, SHORTLIST = 40_960, 8  # tokens and windows for the choice of the blocks
 STARTING = 0.2  # fraction of the text for the initial fit
+SEARCHES = {"attention": AttentionSearch, "mlp": MLPSearch}
 HARDWARE = HardwareConfig(autocast="bfloat16" if products() == "bfloat16" else None, state_memory=2**33)
 BEST = CompressionConfig.preset("best")
 SETTINGS = replace(BEST.distillation or DistillationConfig(), validations=4)
@@ -98,6 +107,9 @@ class Recipe:
         training tokens.
     repeated : float
         Fraction of the training sequences whose second half is replaced by their first half.
+    branches : mapping of str to int
+        Numbers of attention and MLP branches to zero instead of removing blocks. Each is replaced by a linear map, and
+        all blocks from the first one on are healed.
     """
 
     repair: ReplacementConfig = BEST.repair
@@ -107,6 +119,7 @@ class Recipe:
     muon: bool = False
     sequence: int | None = None
     repeated: float = 0.0
+    branches: Mapping[str, int] = field(default_factory=dict)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -131,6 +144,9 @@ RECIPES: dict[str, Recipe] = {
     "KL of damaged tokens": Recipe(distillation=replace(SETTINGS, loss={"damaged_tokens": 1.0, "lm": 1.0})),
     "a quarter repeats passages": Recipe(repeated=0.25),
     "half repeats passages": Recipe(repeated=0.5),
+    "attention of 8 blocks, MLP of 8 blocks": Recipe(branches={"attention": 8, "mlp": 8}),  # the weights of 8 blocks
+    "MLP of 11 blocks": Recipe(branches={"mlp": 11}),  # the weights of 8.2 blocks
+    "attention of 16 blocks": Recipe(branches={"attention": 16}),  # the weights of 4 blocks
     "sequences of 256": Recipe(sequence=256),
     "sequences of 1,024": Recipe(sequence=1024),
 }
@@ -182,7 +198,7 @@ class Bench:
     """The original, a model to change, and the finished rows."""
 
     def __init__(self, options: Any) -> None:
-        self.data = options.data
+        self.data, self.source = options.data, options.model
         is_default = options.model == "smollm2"
         self.file = FILE if is_default else FILE.with_name(f"{FILE.stem}_{Path(options.model).stem}.json")
         self.original, self.tokenizer = load_pretrained(options.model)
@@ -225,7 +241,7 @@ class Bench:
         student = self.student(recipe, run, window, text)
         report, saved = None, 0.0
         if recipe.distillation is not None:
-            if not recipe.distillation.objective.needs_states:
+            if not (recipe.distillation.objective.needs_states or recipe.branches):
                 key = (run.seed, run.tokens, recipe.sequence, recipe.repeated, student.start)
                 saved = self.shared.give(student, split_into_batches(text.train, 1), key)
             with muon_instead_of_adamw() if recipe.muon else nullcontext():
@@ -245,19 +261,20 @@ class Bench:
         student.training = False
         minutes = None if is_resumed else (time.process_time() - began + saved) / 60
         with student.applied():
+            model = student.model
             row = {
                 "recipe": run.recipe,
                 "removed": run.removed if recipe.removes else 0,
                 "tokens": run.tokens,
                 "seed": run.seed,
                 "left_out": run.left_out,
-                "window": [window.start, window.stop],
+                "window": None if recipe.branches else [window.start, window.stop],
                 "training": report,
                 "minutes": minutes,
                 "products": products(),
-                "development": self.score_development(self.model, run, text),
+                "development": self.score_development(model, run, text),
             }
-            return row | ({"final": self.score_final(self.model)} if final else {})
+            return row | ({"final": self.score_final(model)} if final else {})
 
     def window(self, run: Run, text: TrainingText) -> range:
         """Return the window to remove, chosen once for each seed, number of blocks and text."""
@@ -271,6 +288,12 @@ class Bench:
 
     def student(self, recipe: Recipe, run: Run, window: range, text: TrainingText) -> Student:
         """Return the student before training; for the control, the original with the same trained blocks."""
+        if recipe.branches:
+            assert recipe.healing is not None
+            model = load_pretrained(self.source)[0]
+            first = zero_branches(model, recipe.branches, text)
+            healing = replace(recipe.healing, where="last", count=len(self.stack) - first)
+            return student_of(find_stack(model), [], healing, seed=run.seed, teacher=self.original)
         if not recipe.removes:
             assert recipe.healing is not None
             healing = replace(recipe.healing, where="last", count=len(self.stack) - window.start)
@@ -345,6 +368,32 @@ class Bench:
         folder = ROOT / "build" / self.file.stem
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{run.key.replace(' ', '')}.training"
+
+
+def zero_branches(model: nn.Module, counts: Mapping[str, int], text: TrainingText) -> int:
+    """Zero attention and MLP branches of a model in place, with a linear map for each; return the first changed block.
+
+    For each of the two the best of a shortlist is taken, in the order of `counts`, as in `choose_window`.
+    """
+    first = len(find_stack(model))
+    few = text.train[: len(text.train) * CHOOSING // text.train.numel()]
+    split = TokenSplit(few, text.validation, text.validation, fingerprint="")
+    repeated = with_repeated_passages(split, BEST.data.repeated_context)
+    for branch, count in counts.items():
+        stack = find_stack(model)
+        search = SEARCHES[branch](shortlist=SHORTLIST)
+        batches = split_into_batches(repeated.calibration, 4)
+        with fast_products(model):
+            problem = search.problem(windows_of_size(len(stack), count), len(stack), model=model, batches=batches)
+            parts = (*split_held_out(few), repeated.validation)
+            best = verify_shortlist(model, search.find(problem), *(split_into_batches(part, 4) for part in parts))[0]
+        with LayerSurgeon(model) as surgeon:
+            replace_branches(surgeon, best.maps)
+            for block, zeroed in best.zeroed:
+                surgeon.zero_branch(block, zeroed)
+            surgeon.commit()
+        first = min(first, *(block for block, _ in best.zeroed))
+    return first
 
 
 class SharedStates:

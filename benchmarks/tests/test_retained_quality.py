@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from benchmarks.muon import MuonWithAdamW, muon_instead_of_adamw, orthogonalized
 from benchmarks.retained_quality import LEFT_OUT, RECIPES, paired_scores, table
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from benchmarks.training_text import TrainingText, training_text
-from streamline_hooks.distillation import LOSSES
+from streamline_hooks.distillation import LOSSES, student_of
 from streamline_hooks.evaluation import Problem, task_config_from_rows
+from streamline_hooks.modeling import find_stack
 
 TEXT = "the cat sleeps under a green house near seven small apples while rain falls over the old garden"
 ROWS = [{"query": "the cat sleeps", "choices": ["under", "rain"], "gold": gold} for gold in (0, 1)]
@@ -188,6 +190,28 @@ def test_recipes_on_the_same_text_share_the_states_of_the_original(
     assert {key: row["development"] for key, row in alone.items()} == {
         key: row["development"] for key, row in together.items() if row["recipe"] != "control"
     }
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_recipe_zeroes_branches_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    students = []
+
+    def make(*args: Any, **options: Any) -> Any:
+        students.append(student_of(*args, **options))
+        return students[-1]
+
+    monkeypatch.setattr(retained_quality, "student_of", make)
+    monkeypatch.setitem(RECIPES, "branches", replace(RECIPES["best"], branches={"attention": 2, "mlp": 1}))
+    rows = run(monkeypatch, "--recipes", "branches,control", "--seeds", "0")
+    zeroed, control = rows.values()
+    model = students[0].model
+    assert model is not students[1].model and students[0].teacher is not model
+    weights = {
+        name: sum(not block.get_submodule(name).weight.any() for block in find_stack(model))
+        for name in ("self_attn.out_proj", "fc2")
+    }
+    assert weights == {"self_attn.out_proj": 2, "fc2": 1} and zeroed["removed"] == 2
+    assert zeroed["development"]["kl"]["seen"] > control["development"]["kl"]["seen"]
 
 
 @pytest.mark.usefixtures("texts")
