@@ -21,14 +21,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import benchmarks.losses  # noqa: F401 (registers the losses of recipes)
 from benchmarks.generation_numbers import mean_of, pass_of
@@ -72,6 +74,7 @@ from streamline_hooks.repair import (
     LinearConfig,
     ReplacementConfig,
     SilencedConfig,
+    insert_replacement,
     replace_branches,
 )
 from streamline_hooks.selection import AttentionSearch, MLPSearch, WindowSearch, windows_of_size
@@ -110,6 +113,8 @@ class Recipe:
     branches : mapping of str to int
         Numbers of attention and MLP branches to zero instead of removing blocks. Each is replaced by a linear map, and
         all blocks from the first one on are healed.
+    quantized : bool
+        Whether teacher and student have weights of 4 bits (NF4). The adapters are added to the original weights.
     """
 
     repair: ReplacementConfig = BEST.repair
@@ -120,6 +125,7 @@ class Recipe:
     sequence: int | None = None
     repeated: float = 0.0
     branches: Mapping[str, int] = field(default_factory=dict)
+    quantized: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -135,6 +141,9 @@ RECIPES: dict[str, Recipe] = {
     "without healing": Recipe(healing=None),
     "all blocks healed": Recipe(healing=replace(BEST.healing or HealingConfig(), where="all")),
     "all blocks healed by LoRA": Recipe(healing=HealingConfig("lora", learning_rate_ratio=0.2)),
+    "all blocks healed by LoRA on 4-bit weights": Recipe(
+        healing=HealingConfig("lora", learning_rate_ratio=0.2), quantized=True
+    ),
     "lower learning rate": Recipe(distillation=replace(SETTINGS, learning_rate=5e-4)),
     "with the state after the window": Recipe(
         distillation=replace(SETTINGS, loss={"kl": 1.0, "lm": 1.0, "relative": 1.0})
@@ -241,7 +250,7 @@ class Bench:
         student = self.student(recipe, run, window, text)
         report, saved = None, 0.0
         if recipe.distillation is not None:
-            if not (recipe.distillation.objective.needs_states or recipe.branches):
+            if not (recipe.distillation.objective.needs_states or recipe.branches or recipe.quantized):
                 key = (run.seed, run.tokens, recipe.sequence, recipe.repeated, student.start)
                 saved = self.shared.give(student, split_into_batches(text.train, 1), key)
             with muon_instead_of_adamw() if recipe.muon else nullcontext():
@@ -257,11 +266,8 @@ class Bench:
             if trained.stopped:
                 raise SystemExit(f"{run.key}: training stopped early: {trained.stopped}. Run the command to resume.")
             report = trained.report()
-        student.merge()
-        student.training = False
         minutes = None if is_resumed else (time.process_time() - began + saved) / 60
-        with student.applied():
-            model = student.model
+        with self.changed_model(recipe, student) as model:
             row = {
                 "recipe": run.recipe,
                 "removed": run.removed if recipe.removes else 0,
@@ -275,6 +281,26 @@ class Bench:
                 "development": self.score_development(model, run, text),
             }
             return row | ({"final": self.score_final(model)} if final else {})
+
+    @contextmanager
+    def changed_model(self, recipe: Recipe, student: Student) -> Iterator[Any]:
+        """Yield the model with the changes of a trained student, for the duration of the context.
+
+        A student that was trained on weights of 4 bits changes the model in full precision.
+        """
+        if not recipe.quantized:
+            student.merge()
+            student.training = False
+            with student.applied():
+                yield student.model
+            return
+        model = load_pretrained(self.source)[0]
+        student.add_adapters_to(model)
+        with LayerSurgeon(model) as surgeon:
+            for window, module in student.replacement_modules:
+                insert_replacement(surgeon, window, module)
+            surgeon.commit()
+        yield model
 
     def window(self, run: Run, text: TrainingText) -> range:
         """Return the window to remove, chosen once for each seed, number of blocks and text."""
@@ -298,12 +324,14 @@ class Bench:
             assert recipe.healing is not None
             healing = replace(recipe.healing, where="last", count=len(self.stack) - window.start)
             return student_of(self.stack, [], healing, seed=run.seed)
+        model = quantized(self.original) if recipe.quantized else self.model
+        stack = find_stack(model)
         share = 1.0 if recipe.distillation is None else STARTING
         rows = text.train[: max(16, round(share * len(text.train)))]
         fit, held_out = (split_into_batches(part, 4) for part in split_held_out(rows))
-        with fast_products(self.model):
-            (repair,) = fit_windows(self.model, [window], recipe.repair, fit, held_out)
-        return student_of(self.stack, [(window, repair.replacement_module)], recipe.healing, seed=run.seed)
+        with fast_products(model):
+            (repair,) = fit_windows(model, [window], recipe.repair, fit, held_out)
+        return student_of(stack, [(window, repair.replacement_module)], recipe.healing, seed=run.seed)
 
     def score_development(self, model: nn.Module, run: Run, text: TrainingText) -> dict[str, Any]:
         """Score a model on what may be used for choices."""
@@ -368,6 +396,14 @@ class Bench:
         folder = ROOT / "build" / self.file.stem
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{run.key.replace(' ', '')}.training"
+
+
+def quantized(model: Any) -> Any:
+    """Return a copy of a model with weights of 4 bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).eval()
 
 
 def zero_branches(model: nn.Module, counts: Mapping[str, int], text: TrainingText) -> int:

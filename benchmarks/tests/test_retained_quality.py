@@ -158,6 +158,9 @@ def test_the_text_has_all_domains_but_one_or_only_one(tmp_path: Path) -> None:
 def test_recipes_differ_from_best_in_one_setting() -> None:
     best = RECIPES["best"]
     for name, recipe in RECIPES.items():
+        if recipe.quantized:  # like the recipe with adapters
+            assert replace(recipe, quantized=False) == RECIPES["all blocks healed by LoRA"]
+            continue
         changed = [field for field in vars(best) if getattr(recipe, field) != getattr(best, field)]
         assert len(changed) == 1 or name in ("best", "closed form", "KL alone, without healing"), name
 
@@ -190,6 +193,25 @@ def test_recipes_on_the_same_text_share_the_states_of_the_original(
     assert {key: row["development"] for key, row in alone.items()} == {
         key: row["development"] for key, row in together.items() if row["recipe"] != "control"
     }
+
+
+@pytest.mark.usefixtures("texts")
+def test_adapters_of_4_bit_weights_are_scored_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    scored, score = [], retained_quality.Bench.score_development
+
+    def spy(bench: Any, model: Any, *args: Any) -> Any:
+        scored.append(model)
+        return score(bench, model, *args)
+
+    monkeypatch.setattr(retained_quality.Bench, "score_development", spy)
+    rows = run(
+        monkeypatch, "--recipes", "all blocks healed by LoRA,all blocks healed by LoRA on 4-bit weights", "--seeds", "0"
+    )
+    whole, rounded = (row["development"]["kl"]["seen"] for row in rows.values())
+    assert {parameter.dtype for parameter in scored[1].parameters()} == {torch.float32}
+    assert scored[0] is not scored[1] and find_stack(scored[1]).path and rounded != whole
+    assert rounded == pytest.approx(whole, rel=0.2)
 
 
 @pytest.mark.usefixtures("texts")
