@@ -183,7 +183,7 @@ def rows_at_once(features: int, device: torch.device) -> int:
     On a CPU the results of a few rows stay in its cache, and no memory is requested for each operation. An accelerator
     needs more rows, because each operation takes longer to start.
     """
-    values = 2**20 if device.type == "cpu" else 2**25
+    values = 2**17 if device.type == "cpu" else 2**25
     return max(1, values // max(1, features))
 
 

@@ -48,10 +48,10 @@ def assert_alike(mine: dict[str, Any], theirs: dict[str, Any], within: float) ->
         torch.testing.assert_close(a, b, rtol=0.0, atol=within)
 
 
-@pytest.mark.parametrize("what", ["whole", "taught", "patience"])
+@pytest.mark.parametrize("what", ["whole", "taught", "patience", "head", "whole, by token", "head, by token"])
 def test_two_processes_train_what_one_does(one: dict[str, Any], two: list[dict[str, Any]], what: str) -> None:
     for found in two:
-        assert_alike(found[what], one[what], 1e-6 if what != "patience" else 1e-3)
+        assert_alike(found[what], one[what], {"patience": 1e-3, "whole": 1e-6, "taught": 1e-6}.get(what, 1e-5))
 
 
 def test_what_was_compared_had_something_to_learn(one: dict[str, Any]) -> None:
@@ -66,11 +66,17 @@ def test_what_was_compared_had_something_to_learn(one: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "what",
     ["whole", "taught", "interrupted", "gone on", "of one, gone on", "dropout", "dropout, gone on", "nan", "memory",
-     "other start"],
+     "other start", "head", "whole, by token", "head, by token", "memory, by token"],
 )  # fmt: skip
 def test_both_processes_hold_the_same_bits(two: list[dict[str, Any]], what: str) -> None:
     assert_alike(two[0][what], two[1][what], 0.0)
     assert two[0][what]["seconds"] == two[1][what]["seconds"]
+
+
+@pytest.mark.parametrize("what", ["whole", "head"])
+def test_logits_of_a_few_tokens_train_what_all_do(one: dict[str, Any], two: list[dict[str, Any]], what: str) -> None:
+    for outcomes in (one, *two):
+        assert_alike(outcomes[f"{what}, by token"], outcomes[what], 1e-5)
 
 
 def test_ctrl_c_in_one_stops_both_after_the_same_step(two: list[dict[str, Any]]) -> None:
@@ -116,6 +122,8 @@ def test_memory_that_does_not_suffice_in_one_halves_what_both_run(
     (warning,) = two[0]["memory"]["said"]
     assert "Out of memory" in warning and "1 sequences" in warning
     assert two[1]["memory"]["said"] == []
+    assert_alike(two[0]["memory, by token"], one["head, by token"], 1e-5)
+    assert any("Out of memory" in warning for warning in two[0]["memory, by token"]["said"])
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from torch import nn
 
 from streamline_hooks.core import current_processes
 from streamline_hooks.distillation.config import DistillationConfig
+from streamline_hooks.distillation.healing import HealingConfig, student_of
 from streamline_hooks.distillation.losses import Objective
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.teacher_cache import cache_teacher_states
 from streamline_hooks.distillation.train import train
 from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.surgery import token_outputs
 from tests.logs import logged
 from tests.tiny_models import left_padded, tiny_model
 
@@ -93,9 +95,28 @@ def out_of_memory(loss: torch.Tensor) -> torch.Tensor:
     raise torch.cuda.OutOfMemoryError("planted")
 
 
+@contextmanager
+def few_tokens_at_a_time() -> Iterator[None]:
+    """Compute the logits of 5 tokens at a time, with their gradients."""
+    before = token_outputs.WHOLE_LOGIT_BYTES, token_outputs.LOGIT_BYTES
+    token_outputs.WHOLE_LOGIT_BYTES, token_outputs.LOGIT_BYTES = 0, 4 * 64 * 5
+    try:
+        yield
+    finally:
+        token_outputs.WHOLE_LOGIT_BYTES, token_outputs.LOGIT_BYTES = before
+
+
+def with_head() -> Student:
+    """Return a student that trains the last block and the LM head too."""
+    made = student()
+    return student_of(made.stack, made.replacement_modules, HealingConfig("partial", "last", 1, head=True))
+
+
 def trainings(folder: Path) -> dict[str, Any]:
     """What one process and several are to do alike."""
-    found = {"whole": outcome()}
+    found = {"whole": outcome(), "head": outcome(made=with_head())}
+    with few_tokens_at_a_time():
+        found |= {"whole, by token": outcome(), "head, by token": outcome(made=with_head())}
     with cache_teacher_states(tiny_model("llama"), BATCHES, 1, after=[BEST]) as states:
         made = student()
         made.teacher_cache = states
@@ -123,6 +144,8 @@ def in_several(folder: Path, rank: int) -> dict[str, Any]:
         found["nan"] = outcome()
     with in_loss(2, out_of_memory, rank=1):
         found["memory"] = outcome()
+    with few_tokens_at_a_time(), in_loss(2, out_of_memory, rank=1):
+        found["memory, by token"] = outcome(made=with_head())
     with in_loss(2, fails, rank=1):
         found["failed"] = outcome()
     found["other settings"] = outcome(replace(SETTINGS, seed=rank))
