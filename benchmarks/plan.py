@@ -92,7 +92,8 @@ def main() -> None:
         f"{MEMORY // 10**9} GB of hidden states in memory and the rest in files. Nothing was run. Assumed hardware: an "
         "H100 at 40 % of its data sheet (989 TFLOP/s in bfloat16, 67 in float64) and a disk that reads "
         f"{single.read / 1e9:.0f} GB/s and writes {single.write / 1e9:.0f} GB/s. The times of the stages are for one "
-        "H100. The formula is compared with a timed run of three billion parameters on two CPU cores in scale.md.",
+        "H100. All models go block by block, which runs on the CPU today, so the times are hypothetical. The formula "
+        "is compared with a timed run of three billion parameters on two CPU cores in scale.md.",
     ]
     for name, make in MODELS.items():
         with init_empty_weights(include_buffers=True):

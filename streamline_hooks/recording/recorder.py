@@ -85,12 +85,24 @@ class RecordedBatch:
     output: Any
 
     def entering(self, k: int) -> Tensor:
-        """Return the state that enters block k, (batch, tokens, features); streams are concatenated along features."""
-        return by_token(self.record.inputs[k][0], self.record.stack[k])
+        """Return the state that enters block k, (batch, tokens, features); streams are concatenated along features.
+
+        Raises StreamlineError if it is not recorded.
+        """
+        return self._state("block.input", k)
 
     def leaving(self, k: int) -> Tensor:
         """Return the state that leaves block k, in the layout of `entering`."""
-        return by_token(self.record.outputs[k][0], self.record.stack[k])
+        return self._state("block.output", k)
+
+    def _state(self, site: BlockSite, k: int) -> Tensor:
+        states = self.record[site]
+        if k not in states:
+            raise StreamlineError(
+                f"The state of block {k} at {site} is not recorded. Expected one of the blocks {sorted(states)}. Pass "
+                "the block in blocks=[...]."
+            )
+        return by_token(states[k][0], self.record.stack[k])
 
 
 @dataclass(frozen=True)

@@ -422,3 +422,17 @@ def test_a_state_in_two_parts_is_refused() -> None:
     for context in refused:
         with pytest.raises(UnsupportedSurgery, match="two parts, one of them named residual"):
             context.__enter__()
+
+
+def test_states_that_were_not_recorded_are_refused() -> None:
+    model = tiny_model("llama")
+    record = HiddenStateRecorder(model, [1], sites=["block.output", "attention.output"])
+    with record.over([{"input_ids": tokens(2, 9)}]) as runs:
+        batch = next(runs)
+        assert torch.equal(batch.leaving(1), record.outputs[1][0])
+        with pytest.raises(
+            StreamlineError, match=r"block 3 at block\.output is not recorded.*the blocks \[1\].*blocks="
+        ):
+            batch.leaving(3)
+        with pytest.raises(StreamlineError, match=r"'block\.input' is not recorded.*block\.output, attention\.output"):
+            batch.entering(1)
