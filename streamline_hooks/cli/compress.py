@@ -15,6 +15,7 @@ from streamline_hooks.cli.config_options import (
     read_loading,
     set_examples,
     set_flags,
+    stated_fields,
     with_options,
     written_options,
 )
@@ -152,6 +153,7 @@ def compress(
             ),
             JobLimits(parse_bytes(memory) if memory else None, parse_duration(budget) if budget else None),
             set_flags(option_values, examples, settings, config),
+            stated_fields(config),
         )
         job.check(dry_run=dry_run)
         job.prepare(work)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from cyclopts import Group, Parameter
 from docstring_parser import numpydoc
 
@@ -352,6 +353,26 @@ def set_flags(
         default = replace(default, distillation=DistillationConfig())
     paths = [option.path for option in config_options()]
     return {path: f"{path} in {file}" for path in paths if _value(config, path) != _value(default, path)} | flags
+
+
+def stated_fields(file: Path | None) -> frozenset[str]:
+    """Return the paths of the fields that a config file or a checkpoint contains."""
+    if file is None:
+        return frozenset()
+    paths = {option.path for option in config_options()}
+    if file.is_dir():  # has all fields
+        return frozenset(paths)
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+
+    def contains(path: str) -> bool:
+        value = content
+        for name in path.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                return False
+            value = value[name]
+        return True
+
+    return frozenset(filter(contains, paths))
 
 
 _TOP_LEVEL = {field.name for field in fields(CompressionConfig)}

@@ -16,6 +16,7 @@ from streamline_hooks.cli.config_options import (
     read_loading,
     set_examples,
     set_flags,
+    stated_fields,
     with_options,
 )
 from streamline_hooks.cli.options import (
@@ -115,6 +116,7 @@ def plan(
             read_loading(option_values),
             limits=JobLimits(seconds=parse_duration(budget) if budget else None),
             flags=set_flags(option_values, examples, settings, config),
+            stated=stated_fields(config),
         )
         job.check(dry_run=True)
         job.prepare()

@@ -96,9 +96,9 @@ def select_rows(batch: Any, rows: slice) -> Any:
         if name == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
             return value[:, rows] if value.shape[1] == row_count else value
         if name == "pixel_values" and ends and isinstance(value, Tensor) and len(value) == ends[-1]:
-            start, stop, _ = rows.indices(row_count)
             bounds = [0, *ends]
-            return value[bounds[start] : bounds[max(start, stop)]]
+            patches = [value[bounds[row] : bounds[row + 1]] for row in range(*rows.indices(row_count))]
+            return torch.cat(patches) if patches else value[:0]
         return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == row_count else value
 
     return {name: select(name, value) for name, value in batch.items()}

@@ -353,7 +353,7 @@ def fit_depths(
     stack = find_stack(model, config.stack)
     counts = _checked_counts(depths, len(stack))
     _check_config(config)
-    target = replace(config, remove=Target(blocks=counts[0]))
+    target = replace(config, remove=Target(blocks=counts[0]), repair=config.repair.seeded(config.seed))
     task = config.task or Task.of(model)
     ready = prepare_compression(model, tokenizer, parts_of(data), target, task=task)
     profile = measure_profile(ModelSource(model, ready.stack), ready.calibration, protect=ready.protected)

@@ -140,7 +140,9 @@ class CompressionJob:
         Its `test_texts` are replaced by those of `data`.
     limits : JobLimits
     flags : mapping of str to str
-        Names of the options and the fields of a config file that were set, by path: ``--seed``, or ``seed in FILE``.
+        Names of the options and of the fields that a config file changes, by path: ``--seed``, or ``seed in FILE``.
+    stated : frozenset of str
+        Paths of the fields that a config file contains, also with their default values.
     """
 
     model: str
@@ -151,6 +153,7 @@ class CompressionJob:
     options: RunOptions = field(default_factory=RunOptions)
     limits: JobLimits = field(default_factory=JobLimits)
     flags: Mapping[str, str] = field(default_factory=dict)
+    stated: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.config = replace(self.config, task=self.config.task or task_of_pretrained(self.model, self.loading))
@@ -194,17 +197,21 @@ class CompressionJob:
             refuse_unused_sizes(self.task, self.flags)
         if config.distillation is not None:
             config.distillation.objective.require_task(self.task)
-        if "data.repeated_context" not in self.flags and config.data.repeated_context and not self._repeats:
-            where = "packed rows" if self.data.pack else f"the inputs of a model for {self.task}"
-            logger.info(f"repeated   nothing, in {where}, although the preset repeats passages")
-            self.config = replace(config, data=replace(config.data, repeated_context=0.0))
+        self._repeat_only_text()
         if self.limits.seconds is not None:
             check_plannable(self.config)
 
-    @property
-    def _repeats(self) -> bool:
-        """Whether passages can be repeated in the text."""
-        return self.task.is_causal_lm and not self.data.pack
+    def _repeat_only_text(self) -> None:
+        """Repeat no passages if the config repeats them by default and the data are not sequences of text."""
+        data = self.config.data
+        has_images = contains_image_texts(self.data.sources.names)
+        is_text = self.task.is_causal_lm and not self.data.pack and not has_images
+        if is_text or not data.repeated_context or "data.repeated_context" in self.flags:
+            return
+        other = f"the inputs of a model for {self.task}" if not self.task.is_causal_lm else "images with texts"
+        where = "packed rows" if self.data.pack else other
+        logger.info(f"repeated   nothing, in {where}, although the preset repeats passages")
+        self.config = replace(self.config, data=replace(data, repeated_context=0.0))
 
     def _refuse_planned(self) -> None:
         """Raise if an option was given that a time budget sets or does not support."""
@@ -273,6 +280,7 @@ class CompressionJob:
 
     def load(self, work: DistributedStep | None = None) -> tuple[Any, Any, Any]:
         """Load the model, its tokenizer or processor, and the data for `compress`."""
+        self._repeat_only_text()
         config = self.config
         model, processor, is_text = load_for_data(self.model, self.task, self.data, self.loading, self.flags)
         if config.rounds > 1:
@@ -290,13 +298,14 @@ class CompressionJob:
     def _planned(self) -> TrainingPlan:
         assert self.limits.seconds is not None
         data, (model, tokenizer) = self.config.data, self._loaded
+        stated = self.stated.union(self.flags)
         return plan_training(
             model,
             self._source_text.documents["text"],
             self.limits.seconds,
-            self.config if "hardware.batch_size" in self.flags else self.config.updated({"hardware.batch_size": 1}),
+            self.config if "hardware.batch_size" in stated else self.config.updated({"hardware.batch_size": 1}),
             tokenizer=tokenizer,
-            sizes={p: getattr(data, f"{p}_tokens") for p in ("validation", "test") if f"data.{p}_tokens" in self.flags},
+            sizes={p: getattr(data, f"{p}_tokens") for p in ("validation", "test") if f"data.{p}_tokens" in stated},
             test_texts=self._source_text.test_documents,
             output=self.output,
         )

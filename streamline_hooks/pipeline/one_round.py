@@ -522,7 +522,9 @@ def distributed_perplexity(
     work: DistributedStep, model: nn.Module, batches: PreparedBatches, desc: str = "perplexity"
 ) -> Perplexity:
     """Return the perplexity of a model, with the batches divided between the ranks."""
-    return _sum_over_ranks(work, [perplexity(model, _rank_batches(batches, work.processes), desc)])[0]
+    rank_batches = _rank_batches(batches, work.processes)
+    own = perplexity(model, rank_batches, desc) if rank_batches else Perplexity()  # more ranks than sequences
+    return _sum_over_ranks(work, [own])[0]
 
 
 def distributed_scores(

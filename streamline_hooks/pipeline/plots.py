@@ -324,7 +324,7 @@ def front(sweep: Mapping[str, Any]) -> Plot | None:
         keys = [plot_label(kind, 24) for kind in handles]
         figure.legend(list(handles.values()), keys, loc="outside upper left", ncols=2 if narrow else 5)
 
-    best = [f"{p.get('name')} ({number(p['perplexity_ratio'])})" for _, p in points if p.get("front")]
+    best = [f"{p.get('name')} ({number(p[loss])})" for _, p in points if p.get("front")]
     return Plot(
         "front", "Quality against size and speed",
         f"{label[0].upper()}{label[1:]} of {len(points)} compressions by size and time. On a front: "

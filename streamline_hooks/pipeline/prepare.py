@@ -157,7 +157,7 @@ def prepare_compression(
             raise StreamlineError(
                 f"DataConfig: repeated_context={config.data.repeated_context:g} and "
                 f"fitting_tokens={config.data.fitting_tokens} apply to text, but batches were given. Expected 0 and "
-                "None with batches. Set data=DataConfig(), also with a preset."
+                "None with batches. Set data=DataConfig(), also with a preset (command line: --repeated-context 0)."
             )
         parts = (
             batch_split.calibration,

@@ -20,11 +20,11 @@ from streamline_hooks.core import (
     current_processes,
     describe_blocks,
     get_logger,
-    padding_mask,
     prepare_inputs,
     progress_bar,
     validate_arguments,
 )
+from streamline_hooks.data import documents_of
 from streamline_hooks.distillation import PromptSkipStudent, TrainingResult, prompt_of, skips_any, train
 from streamline_hooks.modeling import Task, find_stack, inference, logits_to_keep, select_tokens, summed_kl
 from streamline_hooks.pipeline.config import CompressionConfig
@@ -191,7 +191,7 @@ def fit_prompt_skip(
             f"fit_prompt_skip: the task of {type(model).__name__} is {task}. Expected a causal language model, which "
             "has a prompt. Load the model with AutoModelForCausalLM."
         )
-    target = replace(config, remove=Target(blocks=count))
+    target = replace(config, remove=Target(blocks=count), repair=config.repair.seeded(config.seed))
     ready = prepare_compression(model, tokenizer, parts_of(data), target, task=task)
     windows = [window] if window is not None else _ranked_windows(ready, count)
     fitted = _fit_maps(ready, windows, last_tokens)
@@ -256,7 +256,7 @@ def _ranked_windows(ready: Preparation, count: int) -> list[range]:
 
 def _expected_error(profile: Profile, window: range) -> float:
     """Return the sum, over the blocks whose keys and values change, of the distance that their input would have."""
-    distance = profile.matrix("cosine")[window.start]
+    distance = 1.0 - profile.matrix("cosine")[window.start]
     inside = sum(float(distance[k]) for k in window[1:])
     return inside + (profile.length - window.stop) * float(distance[window.stop])
 
@@ -323,9 +323,7 @@ def _compared(ready: Preparation, fitted: Sequence[FittedPromptSkip]) -> list[Fi
 
 def _continuations(batches: Sequence[Batch | Tensor]) -> Iterator[tuple[Continuation, dict[str, Tensor]]]:
     """Yield each batch twice, continued from half of its text and repeating this half."""
-    for batch in batches:
-        if not (rows := _real_rows(batch)):
-            continue
+    for rows in (rows for batch in batches for rows in _documents(batch)):
         halves = [row[: len(row) // 2] for row in rows]
         yield "text", _continuation(rows, [len(half) for half in halves])
         yield "repeated", _repeated(halves)
@@ -334,9 +332,7 @@ def _continuations(batches: Sequence[Batch | Tensor]) -> Iterator[tuple[Continua
 def _training_batches(batches: Sequence[Batch | Tensor], seed: int) -> Iterator[dict[str, Tensor]]:
     """Yield each batch once: continued from a random position, or repeating its first half."""
     generator = torch.Generator().manual_seed(seed)
-    for number, batch in enumerate(batches):
-        if not (rows := _real_rows(batch)):
-            continue
+    for number, rows in enumerate(rows for batch in batches for rows in _documents(batch)):
         if number % 2:
             yield _repeated([row[: len(row) // 2] for row in rows])
         else:
@@ -345,12 +341,24 @@ def _training_batches(batches: Sequence[Batch | Tensor], seed: int) -> Iterator[
             yield _continuation(rows, [int(len(row) * share) for row in rows])
 
 
-def _real_rows(batch: Batch | Tensor) -> list[Tensor]:
-    """Return the tokens of each sequence without padding, if there are at least two."""
-    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-    mask = None if isinstance(batch, Tensor) else padding_mask(batch)
-    rows = list(ids) if mask is None else [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
-    return [row for row in rows if len(row) > 1]
+def _documents(batch: Batch | Tensor) -> Iterator[list[Tensor]]:
+    """Yield the documents of a batch that have at least two tokens, without padding.
+
+    Those of packed rows are divided by length, so that a padded group is no larger than the batch.
+    """
+    size = (batch if isinstance(batch, Tensor) else batch["input_ids"]).numel()
+    documents = [document for row in documents_of(batch) for document in row if len(document) > 1]
+    if len(documents) * max(map(len, documents), default=0) <= size:
+        if documents:
+            yield documents
+        return
+    group: list[Tensor] = []
+    for document in sorted(documents, key=len):
+        if (len(group) + 1) * len(document) > size:
+            yield group
+            group = []
+        group.append(document)
+    yield group
 
 
 def _repeated(halves: Sequence[Tensor]) -> dict[str, Tensor]:

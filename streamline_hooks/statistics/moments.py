@@ -80,8 +80,9 @@ class WindowMoments:
                 f"Got states of shapes {tuple(entering.shape)} and {tuple(leaving.shape)}. Expected equal shapes with "
                 f"{len(self.xx)} features. Pass the states before and after one window."
             )
-        real = mask.to(entering.device).bool()
-        for x, y, *reference in zip(*(states[real].split(_TOKENS_AT_ONCE) for states in all_states), strict=True):
+        real = {states.device: mask.to(states.device).bool() for states in all_states}
+        parts = (states[real[states.device]].to(entering.device).split(_TOKENS_AT_ONCE) for states in all_states)
+        for x, y, *reference in zip(*parts, strict=True):
             norm = to_float64(*reference or [y]).norm(dim=-1, keepdim=True).clamp_min(1e-300) if self.weighted else 1.0
             x, y = to_float64(x), to_float64(y)
             self.xx, self.xd = self.xx.to(x.device), self.xd.to(x.device)

@@ -39,10 +39,10 @@ def token_grams(states: Sequence[Tensor], chosen: Tensor) -> Tensor:
     gathered = torch.empty(size, num_boundaries, first.shape[1], dtype=torch.float64, device=device)
     for start in range(0, len(chosen), size):
         part = as_slice_if_consecutive(chosen[start : start + size])
-        part = part if isinstance(part, slice) else part.to(first.device)
+        by_device = _on_each_device(part, states)
         filled = gathered[: min(size, len(chosen) - start)]
         for k, state in enumerate(states):
-            filled[:, k].copy_(state[part])
+            filled[:, k].copy_(state[by_device[state.device]])
         torch.bmm(filled, filled.transpose(1, 2), out=grams[start : start + size])
     return grams
 
@@ -52,6 +52,12 @@ def as_slice_if_consecutive(indices: Tensor) -> slice | Tensor:
     if len(indices) and int(indices[-1]) - int(indices[0]) == len(indices) - 1:
         return slice(int(indices[0]), int(indices[-1]) + 1)
     return indices
+
+
+def _on_each_device(indices: slice | Tensor, states: Sequence[Tensor]) -> dict[torch.device, slice | Tensor]:
+    """Return indices for the states of each device; the blocks of a model may be on several."""
+    devices = dict.fromkeys(state.device for state in states)
+    return {device: indices if isinstance(indices, slice) else indices.to(device) for device in devices}
 
 
 # Larger than the error of float64 inner products of a thousand features; changes an angle by at most 4.5e-8 π.
@@ -157,10 +163,9 @@ class StateSums:
         self.norms.update(by_sequence, weights)
         self.last.update(ends.split(1), weights)
         runs = [(row, as_slice_if_consecutive(mask[row].nonzero().flatten())) for row in rows.tolist()]
-        device = states[0].device
-        runs = [(row, run if isinstance(run, slice) else run.to(device)) for row, run in runs]
+        by_device = [(row, _on_each_device(run, states)) for row, run in runs]
         # One sequence at a time, because tokens that are not consecutive are copied.
-        self.entropy.update(([state[row][run] for state in states] for row, run in runs), weights)
+        self.entropy.update(([state[row][run[state.device]] for state in states] for row, run in by_device), weights)
 
     def merge(self, other: Self) -> None:
         """Add the sums over other sequences."""

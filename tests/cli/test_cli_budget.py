@@ -115,6 +115,24 @@ def test_an_interrupted_training_is_resumed_with_the_options_of_the_plan(
     assert len(report["training"]["history"]) == 4
 
 
+def test_sizes_that_a_file_states_are_kept(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they are the default values."""
+    calls: list[tuple[int, dict[str, int]]] = []
+
+    def stop(*given: Any, sizes: dict[str, int], **options: Any) -> Any:
+        calls.append((given[3].hardware.batch_size, sizes))
+        raise StreamlineError("planned")
+
+    monkeypatch.setattr("streamline_hooks.pipeline.job.plan_training", stop)
+    (file := tmp_path / "config.yaml").write_text(
+        "hardware: {batch_size: 4}\ndata: {test_tokens: 12288}\ndistillation: {loss: {kl: 1.0}}\nrepair: {kind: swiglu}"
+    )
+    for options in ([], ["--config", file], ["--config", file, "--test-tokens", 640]):
+        code, _, err = command("--budget", "1h", *options)
+        assert code == 2 and "planned" in err
+    assert calls == [(1, {}), (4, {"test": 12288}), (4, {"test": 640})]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from streamline_hooks import StreamlineError, load, perplexity
+from streamline_hooks import CompressionConfig, StreamlineError, load, perplexity
 from streamline_hooks.checkpoint import load_pretrained, task_of_pretrained
+from streamline_hooks.cli.parsing import parse_sources
 from streamline_hooks.data import image_text_parts, read_image_texts
 from streamline_hooks.evaluation import TaskScores, require_same_inputs
 from streamline_hooks.modeling import Task, find_stacks
+from streamline_hooks.pipeline import CompressionJob, JobData
 from tests.commands import run
 from tests.data.test_text_batches import tokenizer_of
 from tests.image_text_models import llava, llava_processor, write_rows
@@ -444,6 +446,27 @@ def test_a_model_for_images_with_texts(
     assert images > 20 * 5  # an image takes five places, and each text has three words at least
     code, _, err = run([*given[:-1], "-o", tmp_path / "no", "--test-tokens", 9, "-c", "pydoc"], monkeypatch, capsys)
     assert code == 2 and not (tmp_path / "no").exists(), err
+
+
+@pytest.mark.parametrize("kind", ["images", "images with texts"])
+def test_passages_of_a_preset_are_repeated_in_text_only(kind: str, vision: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also in a sweep, which loads the data of a job without checking its options."""
+    folder, source = vision
+    if kind == "images with texts":
+        folder, source = tmp_path / "model", write_rows(tmp_path / "rows", 44)
+        llava().save_pretrained(folder)
+        llava_processor().save_pretrained(folder)
+    preset = CompressionConfig.preset("best", remove=1)
+    examples = {"calibration": 20, "validation": 8, "test": 8}
+    job = CompressionJob(
+        str(folder), preset, tmp_path / "out", JobData(parse_sources([str(source)]), examples=examples)
+    )
+    job.load()
+    assert preset.data.repeated_context == 1 and job.config.data.repeated_context == 0
+    if kind == "images with texts":
+        job = CompressionJob(str(folder), preset, tmp_path / "out", JobData(parse_sources(["pydoc"])))
+        job.check()
+        assert job.config.data.repeated_context == 1
 
 
 def test_a_model_for_images_with_texts_is_evaluated_on_them(

@@ -20,7 +20,7 @@ from streamline_hooks import (
     StreamlineError,
     Target,
 )
-from streamline_hooks.cli.config_options import config_options
+from streamline_hooks.cli.config_options import config_options, stated_fields
 from streamline_hooks.cli.main import COMMANDS
 from streamline_hooks.modeling import Task
 from streamline_hooks.pipeline import CompressionJob, JobData, ModelShape, RankingJob, estimate_from_shape
@@ -299,6 +299,22 @@ def test_a_budget_names_the_fields_that_it_would_replace(
         given = ["compress", "model", "-o", tmp_path / "out", "--budget", "1h", "--config", tmp_path / "config.yaml"]
         code, _, err = run(given, monkeypatch, capsys)
         assert code == 2 and f"--budget does not go with {path} in " in err, err
+
+
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("hardware: {batch_size: 4}", {"hardware.batch_size"}),  # the default
+        ("data:\n  test_tokens: 12288\nseed: 0", {"data.test_tokens", "seed"}),
+        ("repair: {kind: linear}", {"repair"}),
+        ("", set()),
+    ],
+)
+def test_a_file_states_fields_with_default_values(text: str, stated: set[str], tmp_path: Path) -> None:
+    (file := tmp_path / "config.yaml").write_text(text)
+    assert stated_fields(file) == stated
+    CompressionConfig().save(file)
+    assert {"hardware.batch_size", "data.test_tokens", "seed", "remove"} <= stated_fields(file)
 
 
 def test_sizes_of_text_in_a_config_are_refused_for_images() -> None:

@@ -84,6 +84,15 @@ def test_patches_are_divided_only_where_the_grid_describes_all_of_them(patches: 
     assert part.tolist() == list(range(4, 12) if patches == 12 else range(13))
 
 
+def test_each_process_gets_the_patches_of_its_rows() -> None:
+    grid = torch.tensor([[1, 1, 2], [1, 2, 2], [1, 1, 1], [1, 1, 3]])  # 2, 4, 1 and 3 patches
+    batch = {"input_ids": torch.zeros(4, 3), "image_grid_thw": grid, "pixel_values": torch.arange(10)}
+    parts = [select_rows(batch, slice(rank, 4, 2)) for rank in range(2)]
+    assert [part["pixel_values"].tolist() for part in parts] == [[0, 1, 6], [2, 3, 4, 5, 7, 8, 9]]
+    assert [len(part["pixel_values"]) for part in parts] == [int(p["image_grid_thw"].prod(1).sum()) for p in parts]
+    assert select_rows(batch, slice(4, 4, 2))["pixel_values"].tolist() == []
+
+
 def test_what_is_not_as_long_as_there_are_sequences_stays() -> None:
     scalar, other = torch.tensor(2.0), torch.arange(5)
     batch = {"other": other, "input_ids": torch.arange(6).view(3, 2), "scale": scalar, "name": "text"}

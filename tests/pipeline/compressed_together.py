@@ -30,6 +30,11 @@ def trained(stories: Path, texts: list[str], **options: Any) -> dict[str, Any]:
     return plain(stories, texts, **options)
 
 
+def one_test_sequence(stories: Path, texts: list[str]) -> dict[str, Any]:
+    """Return a compression in which only one of two processes has text to measure on."""
+    return plain(stories, texts, test_tokens=64, speed=False, generation=False)
+
+
 def fresh(stories: Path, texts: list[str]) -> list[str]:
     """The order of what stands there with random weights, which says nothing yet."""
     options: dict[str, Any] = {"repair": "feed_forward:width=16", "speed": False, "generation": False, **SMALL}
@@ -60,6 +65,7 @@ def in_several(folder: Path, stories: Path, rank: int) -> dict[str, Any]:
     with logged() as said:
         found = {"trained": trained(stories, texts, output=out), "said": said}
     found["plain"] = plain(stories, texts)
+    found["one_test_sequence"] = one_test_sequence(stories, texts)
     found["fresh"] = fresh(stories, texts)
     found["files"] = sorted(str(path.relative_to(folder)) for path in (folder / "out").iterdir())
     found["not free"] = raised(lambda: plain(stories, texts, output=out))

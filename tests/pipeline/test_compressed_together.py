@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from streamline_hooks import load
-from tests.pipeline.compressed_together import fresh, plain, trained
+from tests.pipeline.compressed_together import fresh, one_test_sequence, plain, trained
 from tests.processes import in_processes
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, story_texts: list[str]) -> 
 
 @pytest.fixture(scope="module")
 def one(stories_folder: Path, story_texts: list[str]) -> dict[str, Any]:
-    return {call.__name__: call(stories_folder, story_texts) for call in (plain, trained)}
+    return {call.__name__: call(stories_folder, story_texts) for call in (plain, trained, one_test_sequence)}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def assert_alike(mine: dict[str, Any], theirs: dict[str, Any], within: float) ->
         torch.testing.assert_close(value, theirs["weights"][name], rtol=0.0, atol=within)
 
 
-@pytest.mark.parametrize("what", ["plain", "trained"])
+@pytest.mark.parametrize("what", ["plain", "trained", "one_test_sequence"])
 def test_two_processes_end_with_the_model_of_one(one: dict[str, Any], two: list[dict[str, Any]], what: str) -> None:
     for found in two:
         assert_alike(found[what], one[what], 1e-6)

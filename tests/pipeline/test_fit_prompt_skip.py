@@ -12,10 +12,20 @@ import torch
 import transformers
 from torch import nn
 
-from streamline_hooks import DistillationConfig, HealingConfig, LinearConfig, StreamlineError, UnsupportedSurgery
+from streamline_hooks import (
+    DistillationConfig,
+    HealingConfig,
+    LayerSurgeon,
+    LinearConfig,
+    StreamlineError,
+    SwiGLUConfig,
+    UnsupportedSurgery,
+    at_depth,
+    fit_depths,
+)
 from streamline_hooks.modeling import kl_by_token
 from streamline_hooks.pipeline import FittedPromptSkip, fit_prompt_skip
-from streamline_hooks.repair import BlockConfig, FoldedConfig
+from streamline_hooks.repair import BlockConfig, FoldedConfig, NoneConfig
 from streamline_hooks.selection import WindowSearch
 from streamline_hooks.surgery import PromptSkip
 from streamline_hooks.testing import tiny_config, tiny_model
@@ -94,6 +104,44 @@ def test_the_chosen_window_is_the_closest_of_all() -> None:
     alone = {start: fit_prompt_skip(model, every, range(start, start + 3), last_tokens=2) for start in range(6)}
     best = min(alone.values(), key=lambda fitted: fitted.distance)
     assert chosen.window == best.window and chosen.distance == pytest.approx(best.distance, rel=1e-4)
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_the_shortlist_begins_with_the_window_that_changes_the_states_least(start: int) -> None:
+    model, every = tiny_model("llama"), batches()
+    with LayerSurgeon(model) as surgeon:
+        for k in range(start, start + 2):
+            surgeon.zero_branch(k, "attention")
+            surgeon.zero_branch(k, "mlp")
+        surgeon.commit()
+    chosen = fit_prompt_skip(model, every, 2, search=WindowSearch(shortlist=1), repair=NoneConfig(), last_tokens=2)
+    assert chosen.window == range(start, start + 2)
+    assert chosen.distance == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("fit", ["prompt skip", "depths"])
+def test_the_seed_determines_the_random_weights(fit: str) -> None:
+    def modules(seed: int) -> list[torch.Tensor]:
+        model, kind = tiny_model("llama"), SwiGLUConfig(width=8)
+        if fit == "prompt skip":
+            fitted = fit_prompt_skip(model, batches(), range(4, 7), repair=kind, seed=seed, last_tokens=2)
+            return weights_of(fitted)
+        (found,) = fit_depths(model, batches(), [6], repair=kind, seed=seed)
+        with at_depth(model, found.depth):
+            return [p.detach().clone() for name, p in model.named_parameters() if "gate" in name and p.shape[0] == 8]
+
+    first, again, other = modules(0), modules(0), modules(1)
+    assert first and all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+
+
+def test_documents_of_packed_rows_are_continued_alone() -> None:
+    model, ids = tiny_model("llama"), batches(16)  # two documents of 16 tokens
+    packed = [{"input_ids": row.view(1, -1), "position_ids": torch.arange(16).repeat(2)[None].clone()} for row in ids]
+    alone, together = (fit_prompt_skip(model, data, range(5, 8), last_tokens=2) for data in (ids, packed))
+    assert together.kl == pytest.approx(alone.kl, rel=1e-4)
+    cuts = torch.cat([torch.arange(n) for n in (20, 4, 8)])[None]
+    uneven = [{"input_ids": row.view(1, -1), "position_ids": cuts} for row in ids]
+    assert all(value > 0 for value in fit_prompt_skip(model, uneven, range(5, 8), last_tokens=2).kl.values())
 
 
 def weights_of(fitted: FittedPromptSkip) -> list[torch.Tensor]:

@@ -32,6 +32,7 @@ from streamline_hooks.modeling import Candidate, find_stack
 from streamline_hooks.repair import insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.statistics import WindowMoments
+from streamline_hooks.statistics.similarity import StateSums
 from streamline_hooks.surgery import PromptSkip, resume
 from streamline_hooks.testing import tiny_model
 from tests.world.emulated_device import NAME, emulated_device
@@ -171,6 +172,27 @@ def test_large_logits_are_those_of_the_cpu(name: str, monkeypatch: pytest.Monkey
         result = RUNS[name](emulated, on(NAME, batches))
     torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=1e-3, atol=1e-4)
     assert max(sizes[1:]) == 3
+
+
+def test_states_of_a_model_on_two_devices_are_compared() -> None:
+    """The blocks of a model with a device map are on several devices."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 8, 16, generator=generator) for _ in range(4)]
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[0, :2], mask[1, 4] = False, False  # padding, and an excluded token
+    expected, moments = StateSums(4), WindowMoments(16)
+    expected.update(states, mask)
+    moments.update(states[0], states[3], mask)
+    with emulated_device():
+        spread = [state.to(NAME) if k < 2 else state for k, state in enumerate(states)]
+        for order in (spread, spread[::-1]):
+            found, fitted_moments = StateSums(4), WindowMoments(16)
+            found.update(order, mask)
+            fitted_moments.update(order[0], order[3], mask)
+            if order is spread:
+                torch.testing.assert_close(found.similarity.cosine, expected.similarity.cosine)
+                torch.testing.assert_close(found.entropy.mean, expected.entropy.mean)
+                torch.testing.assert_close(fitted_moments.xd.cpu(), moments.xd)
 
 
 MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
