@@ -103,6 +103,11 @@ def save_elastic(
             f"save_elastic: the model has no depth {unknown[0]}. Expected depths of "
             f"{', '.join(map(str, depths_of(model)))}. Choose from these, or call fit_depths first."
         )
+    if (now := len(find_stack(model, cuts.stack))) != cuts.blocks:
+        raise StreamlineError(
+            f"save_elastic: the model has {now} blocks, but its depths were made for {cuts.blocks}. Expected the "
+            "blocks of then. Call fit_depths again after a surgery."
+        )
     weights: dict[str, Tensor] = {}
     description = {
         "format": _FORMAT,

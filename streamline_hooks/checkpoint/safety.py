@@ -29,8 +29,10 @@ def update_checksums(folder: Path) -> None:
     """Update the checksums of card, report and page; other files keep theirs, so damage is still detected."""
     if not (folder / CHECKSUMS).is_file():
         return
-    unchanged = {name: digest for name, digest in _listed_checksums(folder).items() if not _is_description(name)}
-    descriptions = [file.relative_to(folder).as_posix() for pattern in _DESCRIPTIONS for file in folder.glob(pattern)]
+    listed = _listed_checksums(folder)
+    unchanged = {name: digest for name, digest in listed.items() if not _is_description(name)}
+    # A figure that was not listed is the user's, and `save` replaces only folders whose files are listed.
+    descriptions = [name for name in {*_DESCRIPTIONS, *listed} if _is_description(name)]
     try:
         _write(folder, unchanged | _digests(folder, descriptions))
     except OSError as error:

@@ -26,7 +26,7 @@ from streamline_hooks.core import (
     read_json,
     validate_arguments,
 )
-from streamline_hooks.modeling import sentence_folder_of
+from streamline_hooks.modeling import saves_itself, sentence_folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ _NAMES = frozenset(
     }
 )  # fmt: skip
 _PATTERNS = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|figures/[a-z_]+\.(svg|png)"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|(additional_)?chat_templates/[^/]+\.jinja"
 )
 
@@ -112,8 +112,8 @@ def save(
     ['README.md', 'SHA256SUMS', 'config.json', 'generation_config.json', 'model.safetensors']
     """
     target = Path(folder).resolve()
-    save_pretrained: Any = getattr(model, "save_pretrained", None)
-    if not callable(save_pretrained) and max_shard_size is not None:
+    writer: Any = model if saves_itself(model) else None
+    if writer is None and max_shard_size is not None:
         raise StreamlineError(
             f"max_shard_size={max_shard_size!r} is for Transformers models, but the weights of a "
             f"{type(model).__name__} are written to one file. Omit it."
@@ -121,11 +121,11 @@ def save(
     check_not_source(model, target)
     sentence_folder = sentence_folder_of(model)
     with atomic_checkpoint(target, overwrite) as new_folder:
-        if callable(save_pretrained):
+        if writer is not None:
             options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
             if has_unmapped_offload(model):
                 options["state_dict"] = load_offloaded_weights(model)
-            save_pretrained(new_folder, **options)
+            writer.save_pretrained(new_folder, **options)
             config = read_json(new_folder / CONFIG)
         else:
             config = write_module(model, new_folder)

@@ -81,6 +81,7 @@ from streamline_hooks.modeling.probe import (
     probe_logits,
     probing,
     run_probe,
+    saves_itself,
 )
 from streamline_hooks.modeling.sentence_transformers import (
     HUB_REVISION,
@@ -202,6 +203,7 @@ __all__ = [
     "require_whole_state",
     "run_probe",
     "saved_weights",
+    "saves_itself",
     "seed_device",
     "seeded_sampling",
     "select_tokens",

@@ -244,6 +244,16 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
                 model.forward = wrapped
 
 
+def saves_itself(module: nn.Module) -> bool:
+    """Whether a module is a model of Transformers or PEFT, tested without the slow import of their classes.
+
+    Other libraries have ``save_pretrained`` too (huggingface_hub, diffusers), but no configuration of Transformers.
+    """
+    config = getattr(module, "config", None)
+    has_config = hasattr(config, "to_dict") or type(config) is dict  # PEFT stores a dict for custom modules
+    return has_config and callable(getattr(type(module), "save_pretrained", None))
+
+
 @contextmanager
 def probing(
     stack: BlockStack, blocks: Iterable[int], batch: Batch | Tensor | None = None
@@ -253,10 +263,10 @@ def probing(
     Inside, the model is in evaluation mode, without gradients and hooks. `blocks` are the blocks that the inputs must
     run. Raise `StreamlineError` if no probe inputs are known, or if the model fails on them.
     """
-    model: Any = stack.model
-    is_transformers = any(callable(getattr(type(module), "save_pretrained", None)) for module in stack.ancestors)
-    if batch is None and not is_transformers:
-        raise StreamlineError(f"{_NEEDS_RUN} no probe inputs are known for {type(model).__name__}. {_PASS_BATCH}")
+    own_inputs = next(filter(saves_itself, stack.ancestors), None)  # the model may be inside another module
+    model: Any = stack.model if batch is not None else own_inputs
+    if model is None:
+        raise StreamlineError(f"{_NEEDS_RUN} no probe inputs are known for {type(stack.model).__name__}. {_PASS_BATCH}")
     chosen_blocks = [stack[k] for k in blocks]
     single_block = chosen_blocks[0] if len(chosen_blocks) == 1 else nn.Identity()
     with weights_in_memory(single_block), isolated_inference(model):  # several offloaded blocks may not fit

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from streamline_hooks.core import Batch, UnsupportedSurgery, offload_hooks, remove_offload_hooks, weights_in_memory
 from streamline_hooks.modeling import BlockStack
-from streamline_hooks.surgery import AFTER, BEFORE, find_zeros, set_splices, zero_parameter_ids
+from streamline_hooks.surgery import (
+    AFTER,
+    BEFORE,
+    COPIED_FROM,
+    OriginalBlock,
+    find_zeros,
+    set_splices,
+    zero_parameter_ids,
+)
 
 
 class InheritedBlocks(nn.ModuleList):
@@ -29,6 +37,8 @@ def inherit_blocks(stack: BlockStack, window: range, count: int = 1) -> nn.Modul
             "inherited",
         )
     blocks = [trainable_copy(stack[k]) for k in window[:count]]
+    for k, block in zip(window, blocks, strict=False):
+        vars(block)[COPIED_FROM] = OriginalBlock(stack[k], stack.container)
     return blocks[0] if count == 1 else InheritedBlocks(blocks)
 
 

@@ -14,7 +14,7 @@ from streamline_hooks.surgery.depths import (
     depths_of,
     set_depths,
 )
-from streamline_hooks.surgery.edits import RECORD, Edits
+from streamline_hooks.surgery.edits import COPIED_FROM, RECORD, Edits, OriginalBlock
 from streamline_hooks.surgery.fold import foldable
 from streamline_hooks.surgery.hazards import Hazard, find_hazards
 from streamline_hooks.surgery.history import (
@@ -80,6 +80,7 @@ from streamline_hooks.surgery.zeroed_branches import (
 __all__ = [
     "AFTER",
     "BEFORE",
+    "COPIED_FROM",
     "INDEX_NAMES",
     "LAST_TOKENS",
     "MODEL_TYPE",
@@ -95,6 +96,7 @@ __all__ = [
     "Head",
     "LayerSurgeon",
     "ModelSource",
+    "OriginalBlock",
     "PromptSkip",
     "Slot",
     "Splice",

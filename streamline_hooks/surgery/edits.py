@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from streamline_hooks.core import ComputedWeights, offload_hooks, renumber_device_map
-from streamline_hooks.modeling import copy_capture_hooks, next_hook_id, remove_capture_hooks
+from streamline_hooks.core import ComputedWeights, StreamlineError, offload_hooks, renumber_device_map
+from streamline_hooks.modeling import BlockStack, copy_capture_hooks, next_hook_id, remove_capture_hooks
 from streamline_hooks.surgery.config_copies import ConfigCopies
 from streamline_hooks.surgery.layer_indices import (
     INDEX_NAMES,
@@ -29,9 +29,36 @@ from streamline_hooks.surgery.splice import AFTER, BEFORE, SplicePosition, set_s
 from streamline_hooks.surgery.zeroed_branches import offloaded_values
 
 ORIGIN = "_streamline_hooks_origin"
+COPIED_FROM = "_streamline_hooks_copied_from"
 RECORD = "_streamline_hooks"
 _MISSING = object()
 _NONE: Mapping[int, Mapping[str, nn.Parameter]] = MappingProxyType({})
+
+
+class OriginalBlock:
+    """Weak references to the block that a block was copied from, and its container; a pickle loses them."""
+
+    def __init__(self, block: nn.Module | None = None, container: nn.Module | None = None) -> None:
+        self._block, self._container = (None if module is None else ref(module) for module in (block, container))
+
+    def index_in(self, stack: BlockStack) -> int | None:
+        """Return the index of the original, or None if it belongs to another model. Raise if it was removed."""
+        if self._block is None or self._container is None or self._container() is not stack.container:
+            return None
+        original = self._block()
+        for k, block in enumerate(stack.blocks):
+            if block is original:
+                return k
+        raise StreamlineError(
+            "The inserted block was copied from a block that was removed meanwhile, so its per-layer settings are "
+            "unknown. Expected a copy of a present block. Copy or fit it again."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OriginalBlock:
+        return self
+
+    def __reduce__(self) -> tuple[type[OriginalBlock], tuple[()]]:
+        return OriginalBlock, ()
 
 
 class Edits:
@@ -119,9 +146,12 @@ class Edits:
         container._modules.clear()
         names = block_names(original, [slot.module for slot in slots])
         container._modules.update({name: slot.module for name, slot in zip(names, slots, strict=True)})
-        for slot in slots:  # matched to a block in the current model, since removed blocks do not follow model.to()
-            if slot.module not in self.stack.blocks and slot.module not in self._present:
-                match_block(slot.module, self._present[0])
+        # New blocks are matched to the nearest block in the current model: removed blocks do not follow model.to().
+        known = [k for k, slot in enumerate(slots) if slot.module in self.stack.blocks or slot.module in self._present]
+        for k, slot in enumerate(slots):
+            if k not in known:
+                nearest = min(known, key=lambda other: abs(other - k), default=None)
+                match_block(slot.module, self._present[0] if nearest is None else slots[nearest].module)
         for k, slot in enumerate(slots):
             for index in self.indices:
                 holder = index.holder(slot.module)
@@ -241,6 +271,9 @@ class Edits:
         mark = vars(module).get(ORIGIN, {}).get(self._token)
         if mark is not None:
             return int(mark)
+        original = vars(module).get(COPIED_FROM)
+        if original is not None and (index := original.index_in(self.stack)) is not None:
+            return int(index)
         origin = self._origins.get(module)
         if origin is None:  # a copy from before the surgery; its index is read only once, because it is renumbered
             holders = [(i, i.holder(module)) for i in self.indices]

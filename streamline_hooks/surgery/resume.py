@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, prepare_inputs, validate_arguments
+from streamline_hooks.core import (
+    Batch,
+    StreamlineError,
+    UnsupportedSurgery,
+    is_sharded,
+    prepare_inputs,
+    takes_use_cache,
+    validate_arguments,
+)
 from streamline_hooks.modeling import (
+    BlockStack,
+    ProbeFailedError,
+    choose_probe_inputs,
     find_stack,
+    isolated_inference,
+    logits_of_output,
     nested_like,
     padded,
+    probe_logits,
     read_input,
     read_output,
+    saves_itself,
     write_input,
     write_output,
 )
 from streamline_hooks.surgery.hazards import find_hazards, position_bias_owners
+from streamline_hooks.surgery.probe import probe_logits_allclose
 from streamline_hooks.surgery.splice import BEFORE, set_splices, spliced
 from streamline_hooks.surgery.surgeon import LayerSurgeon
 
@@ -84,7 +103,66 @@ def resume(
         raise StreamlineError(
             f"states has dtype {states.dtype}. Expected floating-point hidden states. Pass the input of a block."
         )
-    with LayerSurgeon(model, stack, probe=False) as surgeon:  # no probe: the caller's states replace the removed blocks
+    _verify(model, find_stack(model, stack), k, before_splices)
+    return _run_from(model, k, states, prepare_inputs(model, batch), stack, before_splices)
+
+
+_verified: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+"""By container of blocks, what `_verify` has compared: model, blocks, position."""
+
+
+def _verify(model: nn.Module, stack: BlockStack, k: int, before_splices: bool) -> None:
+    """Raise unless a model that is resumed from its own state gives its own logits; compare once, on a few tokens.
+
+    Nothing is compared if the model is not one of Transformers or cannot be run without a batch, or if ranks would have
+    to run it together.
+    """
+    key = (id(model), k, before_splices, *map(id, stack.blocks))
+    known = _verified.setdefault(stack.container, set())
+    if not k or key in known or not saves_itself(model) or is_sharded(model):
+        return
+    states: list[Tensor] = []
+    block = stack[min(k, len(stack) - 1)]
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(read_input(args, kwargs, block))
+
+    def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        states.append(read_output(output))
+
+    with isolated_inference(model):
+        try:
+            inputs = choose_probe_inputs(model, block)
+            handle = (
+                block.register_forward_pre_hook(enter, with_kwargs=True, prepend=before_splices)
+                if k < len(stack)
+                else block.register_forward_hook(leave, prepend=before_splices)
+            )
+            try:
+                logits = probe_logits(model, inputs)
+            finally:
+                handle.remove()
+        except ProbeFailedError:
+            return
+        if not states:
+            return
+        takes_cache = takes_use_cache(inspect.signature(model.forward).parameters)
+        without_cache = {**inputs, "use_cache": False} if takes_cache else inputs
+        resumed = logits_of_output(_run_from(model, k, states[-1], without_cache, stack.path, before_splices))
+    if not probe_logits_allclose(resumed, logits):
+        raise UnsupportedSurgery(
+            f"{type(model).__name__} cannot be resumed at block {k}: from its own state it gives other logits, because "
+            "blocks depend on their index or on more than the state. Run the whole model.",
+            "probe",
+        )
+    known.add(key)
+
+
+def _run_from(
+    model: nn.Module, k: int, states: Tensor, inputs: Mapping[str, Any], path: str | None, before_splices: bool
+) -> Any:
+    length = len(find_stack(model, path))
+    with LayerSurgeon(model, path, probe=False) as surgeon:  # no probe: the caller's states replace the removed blocks
         first = min(k, length - 1)  # for k = length, the last block carries the hook and its output is replaced
         opened_stack = surgeon.stack
         causes = {
@@ -111,7 +189,7 @@ def resume(
             else block.register_forward_hook(leave, prepend=before_splices)
         )
         try:
-            return model(**prepare_inputs(model, batch))
+            return model(**inputs)
         finally:
             handle.remove()
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from streamline_hooks.core import StreamlineError
-from streamline_hooks.modeling import BlockStack
+from streamline_hooks.modeling import BlockStack, saves_itself
 
 
 class SaveGuard:
@@ -37,8 +37,8 @@ class SaveGuard:
 
 
 def transformers_ancestors(stack: BlockStack) -> list[nn.Module]:
-    """Return the Transformers models around a stack, tested without the slow import of their class."""
-    return [module for module in stack.ancestors if callable(getattr(type(module), "save_pretrained", None))]
+    """Return the models around a stack that save themselves."""
+    return [module for module in stack.ancestors if saves_itself(module)]
 
 
 def saved_model_depth(stack: BlockStack) -> int | None:

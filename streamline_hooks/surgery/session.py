@@ -109,6 +109,10 @@ class Session:
         for k, block in enumerate(self.stack.blocks):  # copies of a block inherit its mark, which identifies the block
             marks = {token: old for token, old in vars(block).get(ORIGIN, {}).items() if token in open_tokens}
             vars(block)[ORIGIN] = {**marks, self._token: k}
+        for owner in transformers_ancestors(self.stack):
+            # A copied model has the compiled forward of its original, which generation with a static cache would run.
+            vars(owner).pop("_compiled_call", None)
+            vars(owner).pop("_last_compile_config", None)
         self.edits.refuse_saving()
 
     def undo_open(self) -> None:
@@ -153,6 +157,8 @@ class Session:
                 record_surgery(self.stack.model, plan, notes)
             for owner in transformers_ancestors(self.stack):
                 vars(owner).pop("save_pretrained", None)
+            if depth is not None:
+                commit.guard_committed_parts(self.stack.ancestors[depth])
             self._committed = plan
         except BaseException:
             self._committed = None

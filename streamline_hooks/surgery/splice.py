@@ -135,12 +135,20 @@ def _hook_id(block: nn.Module, position: SplicePosition) -> int | None:
     return next((key for key, hook in _hooks(block, position).items() if hook is _HOOKS[position]), None)
 
 
+def _to_device_of(module: nn.Module, state: Tensor) -> Tensor:
+    """Move a state to a splice: before the first block of another device, Accelerate has not moved it yet."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or parameter.is_meta or state.is_meta or parameter.device == state.device:
+        return state
+    return state.to(parameter.device)
+
+
 def run_splices(block: nn.Module, position: SplicePosition, state: Tensor) -> Tensor:
     """Run the splices before or after a block on a state of shape (batch, tokens, features)."""
     modules = spliced(block, position)
     original, state = state, padded(state) if modules else state
     for module in modules:
-        mapped = module(state)
+        mapped = module(_to_device_of(module, state))
         if mapped.shape != state.shape:
             raise StreamlineError(
                 f"A spliced {type(module).__name__} returned shape {tuple(mapped.shape)} for a state of shape "

@@ -17,12 +17,14 @@ import functools
 import hashlib
 import importlib.util
 import json
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -161,6 +163,7 @@ class _ModelWithSplices:
             set_splices(block, entry["place"], modules)
         if changed:
             raise _changed_file_error("the digest of its splices does not match the stored one")
+        guard_parts(self)
         if "prompt_skip" in description:
             try:
                 from streamline_hooks.surgery.prompt_skip import attach_prompt_skip  # it imports this module
@@ -197,6 +200,12 @@ class _ModelWithSplices:
         _fill_unsaved_buffers(model)
         return (model, info) if output_loading_info else model
 
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """Return the weights, unless a model that contains this one is saved, which would be loaded without splices."""
+        if prefix:
+            _refuse_whole_model(self)
+        return super().state_dict(*args, prefix=prefix, **kwargs)  # type: ignore[misc]
+
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
         description = self.config.streamline_hooks
         guard = resolve_model_path(self, description["guard"])
@@ -212,10 +221,57 @@ class _ModelWithSplices:
         if getattr(self, "hf_quantizer", None) is not None or (offloaded and state_dict is None):
             with _guard_axis(self):
                 return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        weights = dict(self.state_dict() if state_dict is None else state_dict)  # type: ignore[attr-defined]
+        weights = dict(self.state_dict() if state_dict is None else state_dict)
         if guard in weights and weights[guard].ndim == self.get_parameter(guard).ndim:  # type: ignore[attr-defined]
             weights[guard] = weights[guard].unsqueeze(0)
         return super().save_pretrained(save_directory, *args, state_dict=weights, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_whole_model(part: Any) -> None:
+    """Raise if ``save_pretrained`` of a model that contains `part` is running."""
+    from transformers import PreTrainedModel
+
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner: Any = frame.f_locals.get("self")
+        saves = frame.f_code.co_name == "save_pretrained" and isinstance(owner, PreTrainedModel)
+        # A model with the same configuration refuses by itself, and one with splices describes those of its parts.
+        if saves and not isinstance(owner, _ModelWithSplices) and owner.config is not part.config:
+            raise StreamlineError(
+                f"The {type(part).__name__} inside this {type(owner).__name__} has spliced modules, and the whole "
+                "model would be loaded without them. Expected a surgery that was committed on the whole model. Open "
+                "the LayerSurgeon on it, with the path of the stack, or save the part."
+            )
+        frame = frame.f_back
+
+
+class PartGuard:
+    """Replacement of ``save_pretrained`` of a part of a model with splices, which raises."""
+
+    def __init__(self, part: str, whole: str) -> None:
+        self.part, self.whole = part, whole
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise with the reason and the remedy."""
+        raise StreamlineError(
+            f"This {self.part} is a part of a {self.whole} with spliced modules, and would be saved without them. Save "
+            "the whole model. To commit the part alone, open the LayerSurgeon on it."
+        )
+
+
+def guard_parts(model: Any) -> None:
+    """Let the parts of a model that contain its splices, and have a configuration of their own, refuse to be saved."""
+    from transformers import PreTrainedModel
+
+    description = model.config.streamline_hooks
+    paths = {entry.get("stack", description["stack"]) for entry in description["splices"]}
+    for path in (resolve_model_path(model, path).split(".") for path in paths):
+        for length in range(1, len(path)):
+            part = model.get_submodule(".".join(path[:length]))
+            if isinstance(part, PreTrainedModel) and part.config is not model.config:
+                vars(part)["save_pretrained"] = PartGuard(
+                    base_class(type(part)).__name__, base_class(type(model)).__name__
+                )
 
 
 _FIELDS: dict[str, type] = {"format": int, "stack": str, "guard": str, "splices": list}

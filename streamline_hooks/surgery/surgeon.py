@@ -175,8 +175,11 @@ class LayerSurgeon:
         layout = session.layout.copy()
         if module is not None:
             module = layout.copy_if_present(module, leaving=chosen)
-        if self.probe and not despite_hazards and (module is None or not layout.takes_slot(module)):
-            self._verify_removal(session, chosen, subject)
+        if self.probe and not despite_hazards:
+            # A block in a slot of its own shifts the later blocks by one less.
+            shifted = chosen if module is None or not layout.takes_slot(module) else chosen[1:]
+            if shifted:
+                self._verify_removal(session, shifted, subject)
         if module is not None and is_same_block:
             layout.exchange(chosen.start, module)
         else:
@@ -291,10 +294,11 @@ class LayerSurgeon:
         if session.is_zeroed(k, branch):
             return
         zeros = find_zeros(session.stack, k, branch, batch)
-        can_compare = self.probe and saved_model_depth(session.stack) == 0
-        reference = observe_zeroed(self.model, session.stack[k], zeros) if can_compare else None
+        depth = saved_model_depth(session.stack) if self.probe else None
+        model = None if depth is None else session.stack.ancestors[depth]
+        reference = None if model is None else observe_zeroed(model, session.stack[k], zeros)
         with session.applied(changes={(k, branch): ParameterSwap(zeros, is_zero=True)}, keep=True):
-            mismatch = find_mismatch(reference, self.model, "it must") if reference is not None else None
+            mismatch = None if model is None or reference is None else find_mismatch(reference, model, "it must")
             if mismatch:
                 raise UnsupportedSurgery(
                     f"The {branch} branch of block {k} cannot be zeroed: with its output projections at zero "

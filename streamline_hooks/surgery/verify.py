@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,9 +47,13 @@ def compare_with_reference(
     `removed_splices` follow the window's last block and are removed with it; `without_window` is a context in which the
     window is removed.
     """
-    if saved_model_depth(stack) != 0:
+    depth = saved_model_depth(stack)
+    if depth is None:
         _warn_about_indices(stack, window)
         return None
+    if depth:  # a model of Transformers inside another module is run alone
+        path = ".".join(stack.path.split(".")[depth:])
+        stack = replace(stack, path=path, ancestors=stack.ancestors[depth:])
     reference = run_reference(stack, window, removed_splices)
     if reference is None:
         return None

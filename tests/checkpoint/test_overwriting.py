@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from streamline_hooks import LayerSurgeon, StreamlineError, compress, load, save
-from streamline_hooks.checkpoint import check_output_folder, export_plain
+from streamline_hooks.checkpoint import check_output_folder, export_plain, update_checksums
 from streamline_hooks.distillation import DistillationConfig
 from streamline_hooks.testing import tiny_model
 from tests.configured import arguments
@@ -81,11 +81,10 @@ def test_without_being_asked_to_replace_it_a_folder_is_kept(saved: Path, tmp_pat
 
 
 def test_so_are_the_pages_and_measurements_beside_the_model(saved: Path, tmp_path: Path) -> None:
-    (saved / "figures").mkdir()
-    for name in ("report.html", "figures/similarity.svg", "figures/perplexity_by_step.png", "evaluation.json"):
+    for name in ("report.html", "evaluation.json"):
         (saved / name).touch()
     save(repaired("llama"), saved, overwrite=True)
-    assert not (saved / "figures").exists() and [path.name for path in saved.parent.iterdir()] == ["saved"]
+    assert not (saved / "report.html").exists() and [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
 def test_so_are_a_tokenizers_files_of_any_name(tmp_path: Path) -> None:
@@ -102,12 +101,30 @@ def test_so_are_a_tokenizers_files_of_any_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["notes.txt", "model.bin", "figures/photo.jpg", "checkpoint-1/config.json", ".git/HEAD", "model.safetensors.bak"],
+    [
+        "notes.txt",
+        "model.bin",
+        "figures/photo.jpg",
+        "figures/similarity.svg",
+        "checkpoint-1/config.json",
+        ".git/HEAD",
+        "model.safetensors.bak",
+    ],
 )
 def test_files_that_save_did_not_write_are_kept(name: str, saved: Path, tmp_path: Path) -> None:
     (saved / name).parent.mkdir(exist_ok=True)
     (saved / name).write_text("mine")
     refused(saved, f"did not write: {name}", tmp_path)
+
+
+def test_figures_that_are_added_later_are_kept(saved: Path, tmp_path: Path) -> None:
+    """Writing the report again lists the checksums of descriptions, but not of the user's figures."""
+    (saved / "figures").mkdir()
+    (saved / "figures" / "mine.svg").write_text("mine")
+    (saved / "report.html").touch()
+    update_checksums(saved)
+    assert "report.html" in (saved / "SHA256SUMS").read_text()
+    refused(saved, "did not write: figures/mine.svg", tmp_path)
 
 
 def test_of_many_files_the_first_are_named(saved: Path, tmp_path: Path) -> None:
