@@ -112,10 +112,10 @@ _verified: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionar
 
 
 def _verify(model: nn.Module, stack: BlockStack, k: int, before_splices: bool) -> None:
-    """Raise unless a model that is resumed from its own state gives its own logits; compare once, on a few tokens.
+    """Raise unless a model that is resumed from its own state gives its own logits.
 
-    Nothing is compared if the model is not one of Transformers or cannot be run without a batch, or if ranks would have
-    to run it together.
+    They are compared once for each block, on a few tokens. Nothing is compared if the model is not one of Transformers
+    or cannot be run without a batch, or if ranks would have to run it together.
     """
     key = (id(model), k, before_splices, *map(id, stack.blocks))
     known = _verified.setdefault(stack.container, set())

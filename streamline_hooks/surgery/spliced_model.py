@@ -260,7 +260,10 @@ class PartGuard:
 
 
 def guard_parts(model: Any) -> None:
-    """Let the parts of a model that contain its splices, and have a configuration of their own, refuse to be saved."""
+    """Let the parts of a model that contain its splices refuse to be saved.
+
+    A part with the configuration of the model refuses by that.
+    """
     from transformers import PreTrainedModel
 
     description = model.config.streamline_hooks
