@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,6 @@ from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.teacher_cache import cache_teacher_states
 from streamline_hooks.distillation.train import train
 from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.surgery import token_outputs
 from tests.logs import logged
 from tests.tiny_models import left_padded, tiny_model
 
@@ -98,6 +98,7 @@ def out_of_memory(loss: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def few_tokens_at_a_time() -> Iterator[None]:
     """Compute the logits of 5 tokens at a time, with their gradients."""
+    token_outputs: Any = sys.modules["streamline_hooks.surgery.token_outputs"]
     before = token_outputs.WHOLE_LOGIT_BYTES, token_outputs.LOGIT_BYTES
     token_outputs.WHOLE_LOGIT_BYTES, token_outputs.LOGIT_BYTES = 0, 4 * 64 * 5
     try:

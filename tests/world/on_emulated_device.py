@@ -31,8 +31,7 @@ from streamline_hooks.evaluation import agreement, distances_of_candidates
 from streamline_hooks.modeling import Candidate, find_stack
 from streamline_hooks.repair import insert_replacement
 from streamline_hooks.replacements import LinearReplacement
-from streamline_hooks.statistics import WindowMoments
-from streamline_hooks.statistics.similarity import StateSums
+from streamline_hooks.statistics import Profile, WindowMoments
 from streamline_hooks.surgery import PromptSkip, resume
 from streamline_hooks.testing import tiny_model
 from tests.world.emulated_device import NAME, emulated_device
@@ -180,13 +179,13 @@ def test_states_of_a_model_on_two_devices_are_compared() -> None:
     states = [torch.randn(2, 8, 16, generator=generator) for _ in range(4)]
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :2], mask[1, 4] = False, False  # padding, and an excluded token
-    expected, moments = StateSums(4), WindowMoments(16)
+    expected, moments = Profile(4).sums, WindowMoments(16)
     expected.update(states, mask)
     moments.update(states[0], states[3], mask)
     with emulated_device():
         spread = [state.to(NAME) if k < 2 else state for k, state in enumerate(states)]
         for order in (spread, spread[::-1]):
-            found, fitted_moments = StateSums(4), WindowMoments(16)
+            found, fitted_moments = Profile(4).sums, WindowMoments(16)
             found.update(order, mask)
             fitted_moments.update(order[0], order[3], mask)
             if order is spread:
