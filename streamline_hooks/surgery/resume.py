@@ -125,10 +125,10 @@ def _verify(model: nn.Module, stack: BlockStack, k: int, before_splices: bool) -
     block = stack[min(k, len(stack) - 1)]
 
     def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(read_input(args, kwargs, block))
+        states.append(read_input(args, kwargs, block).clone())  # a module may change its input in place
 
     def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states.append(read_output(output))
+        states.append(read_output(output).clone())
 
     with isolated_inference(model):
         try:
