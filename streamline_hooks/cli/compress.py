@@ -151,9 +151,12 @@ def compress(
                 profile=measured,
                 guarantee_data=_guarantee_data(settings.at_most, guarantee_text, guarantee_tasks),
             ),
-            JobLimits(parse_bytes(memory) if memory else None, parse_duration(budget) if budget else None),
+            JobLimits(
+                parse_bytes(memory) if memory else None,
+                parse_duration(budget) if budget else None,
+                stated_fields(config),
+            ),
             set_flags(option_values, examples, settings, config),
-            stated_fields(config),
         )
         job.check(dry_run=dry_run)
         job.prepare(work)

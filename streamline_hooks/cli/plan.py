@@ -114,9 +114,8 @@ def plan(
             Path(folder) / "output",
             data,
             read_loading(option_values),
-            limits=JobLimits(seconds=parse_duration(budget) if budget else None),
+            limits=JobLimits(seconds=parse_duration(budget) if budget else None, stated=stated_fields(config)),
             flags=set_flags(option_values, examples, settings, config),
-            stated=stated_fields(config),
         )
         job.check(dry_run=True)
         job.prepare()

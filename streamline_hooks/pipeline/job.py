@@ -116,10 +116,13 @@ class JobLimits:
         Bytes of memory of this machine that may be used. By default the memory that is free.
     seconds : float, optional
         Time for the whole compression, see `plan_training`. By default it is not limited.
+    stated : frozenset of str
+        Paths of the fields that a config file contains; sizes among them are kept also if they are the default.
     """
 
     memory: int | None = None
     seconds: float | None = None
+    stated: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -141,8 +144,6 @@ class CompressionJob:
     limits : JobLimits
     flags : mapping of str to str
         Names of the options and of the fields that a config file changes, by path: ``--seed``, or ``seed in FILE``.
-    stated : frozenset of str
-        Paths of the fields that a config file contains, also with their default values.
     """
 
     model: str
@@ -153,7 +154,6 @@ class CompressionJob:
     options: RunOptions = field(default_factory=RunOptions)
     limits: JobLimits = field(default_factory=JobLimits)
     flags: Mapping[str, str] = field(default_factory=dict)
-    stated: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.config = replace(self.config, task=self.config.task or task_of_pretrained(self.model, self.loading))
@@ -298,7 +298,7 @@ class CompressionJob:
     def _planned(self) -> TrainingPlan:
         assert self.limits.seconds is not None
         data, (model, tokenizer) = self.config.data, self._loaded
-        stated = self.stated.union(self.flags)
+        stated = self.limits.stated.union(self.flags)
         return plan_training(
             model,
             self._source_text.documents["text"],
