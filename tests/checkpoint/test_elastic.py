@@ -145,6 +145,18 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+def test_a_model_whose_blocks_changed_since_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    set_depths(model, [DepthCut((range(2, 4),), (LinearReplacement(WIDTH),))])
+    save_elastic(model, tmp_path / "good")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        surgeon.commit()
+    with pytest.raises(StreamlineError, match=r"has 5 blocks.*made for 6.*fit_depths again"):
+        save_elastic(model, tmp_path / "good", overwrite=True)
+    assert 4 in depths_of(load(tmp_path / "good"))
+
+
 def test_a_depth_that_is_not_in_the_folder_is_refused(tmp_path: Path) -> None:
     folder = save_elastic(elastic(), tmp_path / "m")
     with pytest.raises(StreamlineError, match=r"depth=3.*6, 5, 4, 2"):

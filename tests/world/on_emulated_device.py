@@ -194,6 +194,24 @@ def test_states_of_a_model_on_two_devices_are_compared() -> None:
                 torch.testing.assert_close(fitted_moments.xd.cpu(), moments.xd)
 
 
+def test_a_splice_moves_the_state_to_its_device() -> None:
+    """Accelerate moves the state of a block to its device after the splices before it ran."""
+    model: Any = tiny_model("llama")
+    inputs = batches_of(1)[0]
+    with torch.no_grad(), LayerSurgeon(model) as surgeon:
+        module = replacement()
+        insert_replacement(surgeon, WINDOW, module)
+        expected = model(**inputs).logits
+        block = model.model.layers[1]
+        block.register_forward_pre_hook(lambda _, args, kwargs: ((args[0].cpu(), *args[1:]), kwargs), with_kwargs=True)
+        with emulated_device():
+            for spliced in model.modules():
+                if isinstance(spliced, LinearReplacement):
+                    spliced.to(NAME)
+            found = model(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "sum": lambda here, there: here + there,
     "sum in place": lambda here, there: torch.zeros(()).add_(there.sum()),
