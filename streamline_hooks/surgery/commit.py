@@ -30,7 +30,6 @@ from streamline_hooks.surgery.spliced_model import (
     accept_guarded,
     base_class,
     format_of,
-    guard_parts,
     is_splice_parameter,
     resolve_model_path,
     splice_entries,
@@ -116,12 +115,6 @@ def commit_surgery(
     model.config.architectures = [model_class.__name__]
     model.config.__class__ = config_class
     model.__class__ = model_class
-
-
-def guard_committed_parts(model: Any) -> None:
-    """Let the parts of a committed model with splices refuse to be saved alone, see `guard_parts`."""
-    if model.config.streamline_hooks["splices"]:
-        guard_parts(model)
 
 
 def history_entry(model: Any, plan: SurgeryPlan, notes: dict[str, Any], name: str = "") -> dict[str, Any]:

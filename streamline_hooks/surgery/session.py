@@ -25,6 +25,7 @@ from streamline_hooks.surgery.layout import StackLayout
 from streamline_hooks.surgery.placement import BlockStates
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
 from streamline_hooks.surgery.save_guard import saved_model_depth, transformers_ancestors
+from streamline_hooks.surgery.spliced_model import guard_parts
 from streamline_hooks.surgery.zeroed_branches import ParameterSwap
 
 _open: WeakKeyDictionary[nn.Module, list[Session]] = WeakKeyDictionary()  # by container
@@ -158,7 +159,7 @@ class Session:
             for owner in transformers_ancestors(self.stack):
                 vars(owner).pop("save_pretrained", None)
             if depth is not None:
-                commit.guard_committed_parts(self.stack.ancestors[depth])
+                guard_parts(self.stack.ancestors[depth])
             self._committed = plan
         except BaseException:
             self._committed = None
