@@ -13,8 +13,8 @@ and problems, last words and multiple-choice questions of another draw, from whi
 again for them, so pass ``--final`` at once to rows that need both.
 
 Minutes are CPU time on one thread. Each row is saved to ``benchmarks/results/retained_quality.json`` (of another model:
-``retained_quality_NAME``) when it is finished, and the table to the same name with ``.md``. Interrupted training runs
-are resumed.
+``retained_quality_NAME``) when it is finished, and the table to the same name with ``.md``. Several processes may make
+different rows of one file at the same time. Interrupted training runs are resumed.
 """
 
 from __future__ import annotations
@@ -213,23 +213,32 @@ class Bench:
         self.original, self.tokenizer = load_pretrained(options.model)
         self.model = load_pretrained(options.model)[0]
         self.stack = find_stack(self.model)
-        empty: dict[str, Any] = {"blocks": {}, "originals": {}, "rows": {}}
-        self.content = json.loads(self.file.read_text()) if self.file.exists() else empty
+        self.content: dict[str, Any] = {"blocks": {}, "originals": {}, "rows": {}}
         self.content |= {"machine": machine(), "model": Path(options.model).stem, "length": len(self.stack)}
         self.tasks: dict[str, ScoredTasks] = {}
         self.shared = SharedStates()
 
-    def save(self) -> None:
+    def read(self) -> None:
+        """Add what other processes have stored in the file since."""
+        if self.file.exists():
+            stored = json.loads(self.file.read_text())
+            for part in ("blocks", "originals", "rows"):
+                self.content[part] |= stored[part]
+
+    def store(self, part: str, name: str, value: Any) -> None:
+        """Add a value to a part of the file, and write the table."""
+        self.read()
+        self.content[part][name] = value
         write(self.file, self.content)
         if self.content["rows"]:
             self.file.with_suffix(".md").write_text(table(self.content))
 
     def row(self, run: Run, final: bool) -> None:
         """Make a row, unless it is finished."""
+        self.read()
         row = self.content["rows"].get(run.key)
         if row is None or (final and "final" not in row):
-            self.content["rows"][run.key] = self.make(run, final)
-            self.save()
+            self.store("rows", run.key, self.make(run, final))
             self.training_file(run).unlink(missing_ok=True)
 
     def make(self, run: Run, final: bool) -> dict[str, Any]:
@@ -308,8 +317,7 @@ class Bench:
         key = f"{size} blocks, {run.tokens} tokens, seed {run.seed}"
         if key not in self.content["blocks"]:
             chosen = choose_window(self.model, text, size)
-            self.content["blocks"][key] = [chosen.start, chosen.stop]
-            self.save()
+            self.store("blocks", key, [chosen.start, chosen.stop])
         return range(*self.content["blocks"][key])
 
     def student(self, recipe: Recipe, run: Run, window: range, text: TrainingText) -> Student:
@@ -378,18 +386,19 @@ class Bench:
         return next(draw for draw, own in self.tasks.items() if own is tasks)
 
     def _of_original(self, name: str, score: Callable[[nn.Module], Any]) -> str:
+        self.read()
         if name not in self.content["originals"]:
-            self.content["originals"][name] = score(self.original)
-            self.save()
+            self.store("originals", name, score(self.original))
         return name
 
     def perplexity_of_original(self, domain: str, batches: Sequence[Any]) -> float:
         """Return the perplexity of the original on a domain, measured once."""
-        known = self.content["originals"].setdefault(f"perplexity, {products()}", {})
+        name = f"perplexity, {products()}"
+        known = self.content["originals"].get(name, {})
         if domain not in known:
             with fast_products(self.original):
-                known[domain] = perplexity(self.original, batches, domain).value
-            self.save()
+                known = known | {domain: perplexity(self.original, batches, domain).value}
+            self.store("originals", name, known)
         return float(known[domain])
 
     def training_file(self, run: Run) -> Path:
