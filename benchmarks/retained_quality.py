@@ -137,7 +137,7 @@ RECIPES: dict[str, Recipe] = {
     "linear": Recipe(LinearConfig()),
     "closed form": Recipe(LinearConfig(), None, None),
     "KL alone": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0})),
-    "KL alone, without healing": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0}), healing=None),
+    "KL alone without healing": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0}), healing=None),
     "without healing": Recipe(healing=None),
     "all blocks healed": Recipe(healing=replace(BEST.healing or HealingConfig(), where="all")),
     "all blocks healed by LoRA": Recipe(healing=HealingConfig("lora", learning_rate_ratio=0.2)),
@@ -153,11 +153,11 @@ RECIPES: dict[str, Recipe] = {
     "KL of damaged tokens": Recipe(distillation=replace(SETTINGS, loss={"damaged_tokens": 1.0, "lm": 1.0})),
     "a quarter repeats passages": Recipe(repeated=0.25),
     "half repeats passages": Recipe(repeated=0.5),
-    "attention of 8 blocks, MLP of 8 blocks": Recipe(branches={"attention": 8, "mlp": 8}),  # the weights of 8 blocks
+    "attention and MLP of 8 blocks each": Recipe(branches={"attention": 8, "mlp": 8}),  # the weights of 8 blocks
     "MLP of 11 blocks": Recipe(branches={"mlp": 11}),  # the weights of 8.2 blocks
     "attention of 16 blocks": Recipe(branches={"attention": 16}),  # the weights of 4 blocks
     "sequences of 256": Recipe(sequence=256),
-    "sequences of 1,024": Recipe(sequence=1024),
+    "sequences of 1024": Recipe(sequence=1024),
 }
 
 

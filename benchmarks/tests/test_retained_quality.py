@@ -104,6 +104,27 @@ def test_final_scores_are_added_to_rows_without_them(
     assert not list(retained_quality.ROOT.rglob("*.training"))
 
 
+def test_processes_share_the_rows_and_the_answers_of_the_original(
+    texts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[nn.Module] = []
+    score = scored_tasks.ScoredTasks.score
+
+    def score_beside_another_process(tasks: Any, model: nn.Module) -> dict[str, str]:
+        content = json.loads(retained_quality.FILE.read_text())
+        content["originals"] |= {"development, float32": {"copying": "11"}, "development, bfloat16": {"copying": "11"}}
+        content["rows"]["linear | 2 | 640 | 0"] = {"recipe": "linear"}
+        retained_quality.FILE.write_text(json.dumps(content))
+        scored.append(model)
+        return score(tasks, model)
+
+    monkeypatch.setattr(scored_tasks.ScoredTasks, "score", score_beside_another_process)
+    rows = run(monkeypatch, "--recipes", "closed form,linear", "--seeds", "0")
+    assert rows.keys() == {"closed form | 2 | 640 | 0", "linear | 2 | 640 | 0"} and len(scored) == 1
+    assert rows["linear | 2 | 640 | 0"] == {"recipe": "linear"}, "made by the other process"
+    assert retained_quality.FILE.with_suffix(".md").exists()
+
+
 def _row(seed: int, right: Mapping[str, str], unknown: float) -> dict[str, Any]:
     kl = {domain: {"kl": unknown if domain == LEFT_OUT[seed] else 0.2, "perplexity_ratio": 1.1} for domain in LEFT_OUT}
     scores = {"right": right, "chance": {"copa": 0.5, "copying": 0.0}, "original": "o"}
@@ -162,7 +183,8 @@ def test_recipes_differ_from_best_in_one_setting() -> None:
             assert replace(recipe, quantized=False) == RECIPES["all blocks healed by LoRA"]
             continue
         changed = [field for field in vars(best) if getattr(recipe, field) != getattr(best, field)]
-        assert len(changed) == 1 or name in ("best", "closed form", "KL alone, without healing"), name
+        assert len(changed) == 1 or name in ("best", "closed form", "KL alone without healing"), name
+        assert "," not in name, "recipes are separated by commas"
 
 
 def test_a_recipe_with_other_sequences_is_scored_on_the_same_ones(
