@@ -58,6 +58,7 @@ def main() -> None:
     ]
     for name, folder, compress in projects:
         run = Run(name, options.removed, options.tokens, options.seed)
+        bench.read()
         if folder is None or run.key in bench.content["rows"]:
             continue
         text = training_text(options.data, bench.tokenizer, run.tokens, run.seed, left_out=run.left_out)
@@ -76,8 +77,7 @@ def main() -> None:
             "products": "float32",
             "development": bench.score_development(model, run, text),
         }
-        bench.content["rows"][run.key] = row | ({"final": bench.score_final(model)} if options.final else {})
-        bench.save()
+        bench.store("rows", run.key, row | ({"final": bench.score_final(model)} if options.final else {}))
         print(name, "replaced blocks", window, row["development"]["kl"], flush=True)
 
 
