@@ -23,12 +23,12 @@ from streamline_hooks.surgery.fold import (
     scaled_logits_allclose,
 )
 from streamline_hooks.surgery.hazards import Hazard, find_dependency_hazards, find_hazards, find_insertion_hazards
-from streamline_hooks.surgery.layout import checked_window
+from streamline_hooks.surgery.layout import StackLayout, checked_window
 from streamline_hooks.surgery.plan import SurgeryPlan
 from streamline_hooks.surgery.probe import find_mismatch
 from streamline_hooks.surgery.save_guard import saved_model_depth
 from streamline_hooks.surgery.session import Session
-from streamline_hooks.surgery.verify import compare_with_reference
+from streamline_hooks.surgery.verify import compare_insertion, compare_with_reference
 from streamline_hooks.surgery.zeroed_branches import ParameterSwap, find_zeros, observe_zeroed
 
 
@@ -242,7 +242,7 @@ class LayerSurgeon:
         module : torch.nn.Module
             As for `replace`.
         despite_hazards : bool
-            Proceed even if later blocks depend on their index.
+            Proceed even if later blocks depend on their index, which a run with the module bypassed shows too.
 
         Returns
         -------
@@ -252,7 +252,7 @@ class LayerSurgeon:
         Raises
         ------
         UnsupportedSurgery
-            If `module` takes a slot and later blocks depend on their index or on the first block.
+            If `module` takes a slot and the model depends on the indices of its blocks or on the first block.
         StreamlineError
             If k is out of range or inside a removed window.
         """
@@ -263,6 +263,8 @@ class LayerSurgeon:
             self._refuse(f"No module can take a slot before block {k}", hazards)
         module = layout.copy_if_present(module)
         layout.insert(k, module)
+        if self.probe and not despite_hazards and layout.takes_slot(module):
+            self._verify_insertion(session, layout, k, module)
         session.apply(layout, session.branch_swaps)
         return module
 
@@ -528,6 +530,17 @@ class LayerSurgeon:
             wrong, reason = difference
             raise UnsupportedSurgery(
                 f"{subject} cannot be removed: afterwards {wrong}: {reason}. Choose other blocks.", reason.cause
+            )
+
+    def _verify_insertion(self, session: Session, layout: StackLayout, k: int, block: nn.Module) -> None:
+        """Raise `UnsupportedSurgery` if the model with a bypassed block before block k differs from the model."""
+        difference = compare_insertion(session.stack, k, block, partial(session.applied, layout, keep=False))
+        if difference is not None:
+            wrong, reason = difference
+            raise UnsupportedSurgery(
+                f"No module can take a slot before block {k} of {type(self.model).__name__}: even if it returns its "
+                f"input, {wrong}: {reason}. Choose another position, or a module of another class, without a slot.",
+                reason.cause,
             )
 
     def _refuse(self, subject: str, hazards: list[Hazard]) -> None:

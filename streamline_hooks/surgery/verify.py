@@ -1,6 +1,6 @@
-"""Compare a removal with the same blocks bypassed, and explain a difference.
+"""Compare a removal or an insertion with the same blocks bypassed, and explain a difference.
 
-The probe decides whether a removal is correct. `diagnose` then traces a forward of the original model to name the
+The probe decides whether a surgery is correct. `diagnose` then traces a forward of the original model to name the
 reason.
 """
 
@@ -17,15 +17,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamline_hooks.modeling import BlockStack, isolated_inference, probe_logits, read_input, read_output
+from streamline_hooks.modeling import (
+    BlockStack,
+    isolated_inference,
+    probe_logits,
+    read_input,
+    read_output,
+    write_output,
+)
 from streamline_hooks.surgery.edits import Edits
 from streamline_hooks.surgery.hazards import Hazard
 from streamline_hooks.surgery.layer_indices import INDEX_NAMES, find_index_attributes
 from streamline_hooks.surgery.probe import (
     CACHE_MISMATCH,
+    ReferenceRun,
     find_mismatch,
     matches_reference,
     run_reference,
+    run_reference_with_hooks,
 )
 from streamline_hooks.surgery.save_guard import saved_model_depth
 
@@ -47,34 +56,88 @@ def compare_with_reference(
     `removed_splices` follow the window's last block and are removed with it; `without_window` is a context in which the
     window is removed.
     """
-    depth = saved_model_depth(stack)
-    if depth is None:
-        _warn_about_indices(stack, window)
+    run_stack = _stack_to_run(stack)
+    if run_stack is None:
+        if window.stop < len(stack):
+            _warn_about_indices(stack, frames=6)
         return None
-    if depth:  # a model of Transformers inside another module is run alone
-        path = ".".join(stack.path.split(".")[depth:])
-        stack = replace(stack, path=path, ancestors=stack.ancestors[depth:])
-    reference = run_reference(stack, window, removed_splices)
+    reference = run_reference(run_stack, window, removed_splices)
     if reference is None:
         return None
-    model = stack.model
     with without_window() as edits:
-        mismatch = find_mismatch(reference, model)
-        in_question = mismatch is not None and mismatch != CACHE_MISMATCH
-        computing = edits.indices_used_in_forward(lambda: matches_reference(reference, model)) if in_question else ()
-    return None if mismatch is None else (mismatch, _explain(stack, window, mismatch, computing, reference.inputs))
+        difference = _find_difference(run_stack.model, reference, edits, "the bypassed model")
+    return None if difference is None else (difference[0], _explain(run_stack, window, *difference, reference.inputs))
 
 
-def _warn_about_indices(stack: BlockStack, window: range) -> None:
+def compare_insertion(
+    stack: BlockStack, k: int, block: nn.Module, with_block: Callable[[], AbstractContextManager[Edits]]
+) -> tuple[str, Hazard] | None:
+    """Describe how the model with a bypassed block inserted before block k differs from it, and why, or return None.
+
+    None means that it is equal, or that the model cannot be run. The block itself is irrelevant here. `with_block` is a
+    context in which it is inserted.
+    """
+    run_stack = _stack_to_run(stack)
+    if run_stack is None:
+        if k < len(stack):
+            _warn_about_indices(stack, frames=5)
+        return None
+    model = run_stack.model
+    message = f"Insertions in this {type(model).__name__} are not compared with the model before"
+    reference = run_reference_with_hooks(model, lambda: (), message, frames=5)
+    if reference is None:
+        return None
+    with with_block() as edits, _returning_its_input(block):
+        difference = _find_difference(model, reference, edits, "before")
+    before = range(max(k - 1, 0), max(k, 1))
+    return None if difference is None else (difference[0], _explain(run_stack, before, *difference, reference.inputs))
+
+
+def _stack_to_run(stack: BlockStack) -> BlockStack | None:
+    """Return the stack as a part of its model of Transformers, which is run alone, or None if it has none."""
+    depth = saved_model_depth(stack)
+    if not depth:
+        return None if depth is None else stack
+    return replace(stack, path=".".join(stack.path.split(".")[depth:]), ancestors=stack.ancestors[depth:])
+
+
+@contextmanager
+def _returning_its_input(block: nn.Module) -> Iterator[None]:
+    """Let a block run, but return the state that it received. Hooks do not run in the comparison."""
+    forward, own = block.forward, vars(block).get("forward")
+
+    def unchanged(*args: Any, **kwargs: Any) -> Any:
+        state = read_input(args, kwargs, block).clone()  # some blocks modify their input in place
+        return write_output(forward(*args, **kwargs), state)
+
+    block.forward = unchanged
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
+def _find_difference(
+    model: nn.Module, reference: ReferenceRun, edits: Edits, than: str
+) -> tuple[str, Sequence[str]] | None:
+    """Return how a changed model differs from a reference run, and with which indices it computes, or None."""
+    mismatch = find_mismatch(reference, model, than)
+    if mismatch is None:
+        return None
+    in_question = mismatch != CACHE_MISMATCH
+    return mismatch, edits.indices_used_in_forward(lambda: matches_reference(reference, model)) if in_question else ()
+
+
+def _warn_about_indices(stack: BlockStack, frames: int) -> None:
     """Warn if blocks are renumbered by an attribute with an unusual name, since no run verifies it."""
-    if window.stop == len(stack):
-        return
     for index in find_index_attributes(stack.blocks):
         if index.name not in INDEX_NAMES:
             values = ", ".join(str(index.of(k)) for k in range(3))
             warnings.warn(
                 f"The blocks of {stack.path} have the attribute {index.name!r} ({values}, ...), which is treated as "
-                "their index and is renumbered after a removal. Whether the blocks compute with it cannot be verified "
+                "their index and is renumbered. Whether the blocks compute with it cannot be verified "
                 "here. If they do, restore the old values on the remaining blocks.",
                 stacklevel=7,
             )

@@ -52,6 +52,34 @@ def test_a_block_in_place_of_a_window_of_other_models_equals_the_bypassed_one() 
 
 
 @pytest.mark.parametrize("name", DEPENDENT)
+def test_an_inserted_block_is_verified(name: str) -> None:
+    model: Any = tiny_model(name)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with LayerSurgeon(model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match="No module can take a slot before block 2"):
+            surgeon.insert(2, copy.deepcopy(surgeon.stack[2]))
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, expected, msg="a refused insertion changed the model")
+        surgeon.insert(2, copy.deepcopy(surgeon.stack[2]), despite_hazards=True)
+
+
+def test_inserted_blocks_with_the_function_of_others_are_accepted() -> None:
+    model: Any = tiny_model("llama")
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with torch.no_grad(), LayerSurgeon(model) as surgeon:
+        for k in (0, 2, len(surgeon.stack)):
+            added: Any = surgeon.insert(k, copy.deepcopy(surgeon.stack[2]))
+            assert "forward" not in vars(added)
+            added.mlp.down_proj.weight.zero_()
+            added.self_attn.o_proj.weight.zero_()
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
 def test_models_that_need_earlier_blocks_are_not_resumed(name: str) -> None:
     model: Any = tiny_model(name)
     inputs = tiny_inputs(model)
@@ -102,8 +130,11 @@ def test_a_model_in_another_module_is_verified() -> None:
     kind = type("Shifted", (type(blocks[3]),), {"forward": shifted})
     for block in blocks:
         block.__class__ = kind
-    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match="compute with their own index"):
-        surgeon.remove([2])
+    with LayerSurgeon(model) as surgeon:
+        with pytest.raises(UnsupportedSurgery, match="compute with their own index"):
+            surgeon.remove([2])
+        with pytest.raises(UnsupportedSurgery, match="gives other logits than before: blocks compute with their own"):
+            surgeon.insert(2, copy.deepcopy(surgeon.stack[2]))
 
 
 def composite() -> Any:
