@@ -10,7 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from numbers import Real
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from streamline_hooks.core import Config, StreamlineError, device_of, texts_digest
 from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood
 from streamline_hooks.evaluation.task_files import random_subset, task_config_from_file
-from streamline_hooks.modeling import inference
+from streamline_hooks.modeling import inference, logits_to_keep
 from streamline_hooks.surgery import find_prompt_skip
 
 TaskSource = str | Path | Mapping[str, Any]
@@ -370,7 +370,7 @@ def _lm_eval_tasks() -> Any:
 
 @functools.cache
 def _language_model() -> type:
-    """Return a subclass of lm-eval's HFLM that counts the scored tokens, and marks contexts that may skip blocks."""
+    """Return a subclass of HFLM that counts scored tokens, limits the LM head to them, and marks skipped contexts."""
     from lm_eval.models.huggingface import HFLM
 
     class CountingLM(HFLM):  # type: ignore[misc]
@@ -378,7 +378,7 @@ def _language_model() -> type:
             super().__init__(**settings)
             self.token_counts: dict[tuple[str, str], int] = {}
             self._skip = find_prompt_skip(self.model)
-            self._marks: dict[tuple[int, ...], int] = {}  # by tokens, the number that may skip blocks
+            self._unscored: dict[tuple[int, ...], int] = {}  # by tokens of a row, those before the first logits needed
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **settings: Any) -> Any:
             self.token_counts |= {pair: len(continuation) for pair, _, continuation in requests}
@@ -388,19 +388,27 @@ def _language_model() -> type:
                         f"{pair[1][:80]!r}... has {len(continuation)} tokens. Expected no more than the model's "
                         f"{self.max_length} positions. Leave the item out."
                     )
-            if self._skip is not None:
-                for _, context, continuation in requests:
-                    tokens = [*context, *continuation][-(self.max_length + 1) : -1]
-                    prompt = len(tokens) - len(continuation) + 1  # the last continuation token is not in `tokens`
-                    self._marks[_without_padding(tokens)] = max(0, prompt - self._skip.last_tokens)
+            for _, context, continuation in requests:
+                tokens = [*context, *continuation][-(self.max_length + 1) : -1]
+                row, unscored = _without_padding(tokens), len(tokens) - len(continuation)
+                self._unscored[row] = min(unscored, self._unscored.get(row, unscored))
             return super()._loglikelihood_tokens(requests, *args, **settings)
 
         def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Any:
-            if self._skip is None:
+            if args or settings:  # the attention mask and labels of an encoder-decoder, whose continuation is apart
                 return super()._model_call(inps, *args, **settings)
-            counts = torch.tensor([self._marks[_without_padding(row)] for row in inps.tolist()], device=inps.device)
-            with self._skip.marked(torch.arange(inps.shape[1], device=inps.device) < counts[:, None]):
-                return super()._model_call(inps, *args, **settings)
+            unscored = [self._unscored[_without_padding(row)] for row in inps.tolist()]
+            needed = logits_to_keep(self.model, inps.shape[1] - min(unscored))
+
+            def limit_head(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                return args, kwargs | needed
+
+            with self.model.register_forward_pre_hook(limit_head, with_kwargs=True), ExitStack() as marked:
+                if self._skip is not None:  # the last token of the context gives the first logits
+                    counts = torch.tensor(unscored, device=inps.device) + 1 - self._skip.last_tokens
+                    marks = torch.arange(inps.shape[1], device=inps.device) < counts[:, None]
+                    marked.enter_context(self._skip.marked(marks))
+                return super()._model_call(inps)
 
     return CountingLM
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from streamline_hooks import LayerSurgeon, StreamlineError, save
 from streamline_hooks.evaluation import PairedScores, TaskSettings, relative_accuracy, run_tasks, task_config_from_rows
@@ -255,6 +256,51 @@ def test_models_with_splices_and_under_a_surgeon(stories: tuple[Any, Any], tasks
     assert type(model.config) is not base_class(type(model.config))
     bits = [found["texts"].metrics["texts"]["bits_per_byte"][0] for found in (whole, removed, changed)]
     assert bits[0] < min(bits[1:]) and len({round(value, 6) for value in bits}) == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_head_runs_from_the_first_scored_token_of_a_batch(
+    batch_size: int, stories: tuple[Any, Any], tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = copy.deepcopy(stories[0]), stories[1]
+    settings = TaskSettings(batch_size=batch_size)
+    found = run_tasks(model, tokenizer, [tasks / "likeliest.yaml", tasks / "texts.yaml"], settings)
+    lengths: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda head, args: lengths.append(args[0].shape[1]))
+    assert run_tasks(model, tokenizer, [tasks / "likeliest.yaml"], settings)["likeliest"] == found["likeliest"]
+    if batch_size == 1:
+        expected = []
+        for row in ROWS:
+            context = len(tokenizer(row["query"]).input_ids)
+            expected += [len(tokenizer(f"{row['query']} {end}").input_ids) - context for end in row["choices"]]
+        assert sorted(set(lengths)) == sorted(set(expected))
+    forward = type(model).forward
+
+    def without_limit(self: Any, input_ids: Any, **settings: Any) -> Any:
+        """Compute the logits of all tokens."""
+        return forward(self, input_ids, **settings)
+
+    monkeypatch.setattr(type(model), "forward", without_limit)
+    whole = run_tasks(model, tokenizer, [tasks / "likeliest.yaml", tasks / "texts.yaml"], settings)
+    for name, result in found.items():
+        assert whole[name].scores == result.scores and whole[name].items == result.items
+        flat = [[nat for item in r.loglikelihoods for nat in item] for r in (whole[name], result)]
+        torch.testing.assert_close(*flat, rtol=1e-5, atol=1e-4)
+
+
+def test_choices_of_an_encoder_decoder(stories: tuple[Any, Any], tasks: Path) -> None:
+    tokenizer = stories[1]
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=len(tokenizer), decoder_start_token_id=0
+    )
+    model: Any = T5ForConditionalGeneration(config).eval()
+    settings = TaskSettings(batch_size=1)
+    found = run_tasks(model, tokenizer, [tasks / "likeliest.yaml"], settings)["likeliest"].loglikelihoods
+    context = tokenizer(ROWS[1]["query"], return_tensors="pt").input_ids
+    ids = tokenizer(" shining.", add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        nats = model(input_ids=context, labels=ids).logits[0].log_softmax(dim=-1)
+    assert found[1][0] == pytest.approx(float(nats.gather(1, ids[0][:, None]).sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize(("committed", "last_tokens"), [(False, 1), (False, 2), (True, 2)])
