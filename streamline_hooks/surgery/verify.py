@@ -94,7 +94,7 @@ def compare_insertion(
 
 
 def _stack_to_run(stack: BlockStack) -> BlockStack | None:
-    """Return the stack as a part of its model of Transformers, which is run alone, or None if it has none."""
+    """Return the stack within its model of Transformers, which is run alone, or None if there is none."""
     depth = saved_model_depth(stack)
     if not depth:
         return None if depth is None else stack
