@@ -137,6 +137,7 @@ RECIPES: dict[str, Recipe] = {
     "linear": Recipe(LinearConfig()),
     "closed form": Recipe(LinearConfig(), None, None),
     "KL alone": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0})),
+    "a quarter of the LM loss": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0, "lm": 0.25})),
     "KL alone without healing": Recipe(distillation=replace(SETTINGS, loss={"kl": 1.0}), healing=None),
     "without healing": Recipe(healing=None),
     "all blocks healed": Recipe(healing=replace(BEST.healing or HealingConfig(), where="all")),
