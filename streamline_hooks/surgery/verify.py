@@ -139,7 +139,7 @@ def _warn_about_indices(stack: BlockStack, frames: int) -> None:
                 f"The blocks of {stack.path} have the attribute {index.name!r} ({values}, ...), which is treated as "
                 "their index and is renumbered. Whether the blocks compute with it cannot be verified "
                 "here. If they do, restore the old values on the remaining blocks.",
-                stacklevel=7,
+                stacklevel=frames + 1,
             )
 
 

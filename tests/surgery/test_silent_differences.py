@@ -137,6 +137,39 @@ def test_a_model_in_another_module_is_verified() -> None:
             surgeon.insert(2, copy.deepcopy(surgeon.stack[2]))
 
 
+class NumberedBlock(nn.Module):
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.linear, self.place = nn.Linear(4, 4), place
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + self.linear(state) * self.place
+
+
+class Numbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(NumberedBlock(k) for k in range(5))
+
+    def forward(self, state: Tensor) -> Tensor:
+        for block in self.blocks:
+            state = block(state)
+        return state
+
+
+@pytest.mark.parametrize("operation", ["remove", "insert"])
+def test_renumbering_that_no_run_verifies_is_announced_where_it_is_called(operation: str) -> None:
+    with (
+        LayerSurgeon(Numbered()) as surgeon,
+        pytest.warns(UserWarning, match=r"attribute 'place' .*renumbered") as told,
+    ):
+        if operation == "insert":
+            surgeon.insert(2, NumberedBlock(2))
+        else:
+            surgeon.remove(range(1, 3))
+    assert [warning.filename for warning in told] == [__file__]
+
+
 def composite() -> Any:
     return tiny_model("gemma3")
 
