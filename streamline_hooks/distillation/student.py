@@ -112,6 +112,8 @@ class Student:
         _require_gaps(self.windows)
         self._require_one_vocabulary()
         self._require_separate_weights()
+        for root in (model, *self.copies.values(), *self.outside.values()):
+            _keep_backward_of_4_bit_weights(root)
         self.training = True
         first = [
             window.start - isinstance(replacement_module, FoldedMap)
@@ -426,6 +428,20 @@ class Student:
             block = duplicates[0] if duplicates else self.stack[window.stop]
             ends.append((next(k for k, module in enumerate(current_blocks) if module is block), False))
         return ends
+
+
+def _keep_backward_of_4_bit_weights(root: nn.Module) -> None:
+    """Keep 4-bit weights of bitsandbytes in the layout whose products have gradients.
+
+    On CPUs with bfloat16 (AVX-512), a forward pass without gradients changes them to a layout for inference, with
+    scales in bfloat16, and no gradient passes them from then on. The values of weights in that layout stay.
+    """
+    module: Any
+    for module in root.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # changes the layout back
 
 
 def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def test_memory_that_does_not_suffice_in_one_halves_what_both_run(
     (warning,) = two[0]["memory"]["said"]
     assert "Out of memory" in warning and "1 sequences" in warning
     assert two[1]["memory"]["said"] == []
-    assert_alike(two[0]["memory, by token"], one["head, by token"], 1e-5)
+    assert_alike(two[0]["memory, by token"], one["head, by token"], 5e-5)  # Adam divides by small gradients
     assert any("Out of memory" in warning for warning in two[0]["memory, by token"]["said"])
 
 
