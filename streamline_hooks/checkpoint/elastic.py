@@ -15,7 +15,7 @@ from streamline_hooks.checkpoint.card import CARD, model_card
 from streamline_hooks.checkpoint.safety import CONFIG, write_checksums
 from streamline_hooks.checkpoint.save import atomic_checkpoint, check_not_source
 from streamline_hooks.core import StreamlineError, describe_blocks, read_json, validate_arguments
-from streamline_hooks.modeling import find_stack
+from streamline_hooks.modeling import find_stack, restore_4_bit_layout
 from streamline_hooks.replacements import build_replacement, replacement_config
 from streamline_hooks.surgery import (
     DepthCut,
@@ -115,6 +115,7 @@ def save_elastic(
         "blocks": cuts.blocks,
         "depths": {str(depth): _describe(depth, cuts.by_depth[depth], weights) for depth in sorted(chosen)[::-1]},
     }
+    restore_4_bit_layout(model)
     check_not_source(model, target)
     with atomic_checkpoint(target, overwrite) as new_folder:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}

@@ -26,7 +26,7 @@ from streamline_hooks.core import (
     read_json,
     validate_arguments,
 )
-from streamline_hooks.modeling import saves_itself, sentence_folder_of
+from streamline_hooks.modeling import restore_4_bit_layout, saves_itself, sentence_folder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +118,7 @@ def save(
             f"max_shard_size={max_shard_size!r} is for Transformers models, but the weights of a "
             f"{type(model).__name__} are written to one file. Omit it."
         )
+    restore_4_bit_layout(model)
     check_not_source(model, target)
     sentence_folder = sentence_folder_of(model)
     with atomic_checkpoint(target, overwrite) as new_folder:

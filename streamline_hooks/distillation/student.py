@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks.core import Batch, StreamlineError, describe_blocks
-from streamline_hooks.modeling import BlockStack, Task, find_stack
+from streamline_hooks.modeling import BlockStack, Task, find_stack, keep_4_bit_layout
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder, RecordingConfig
 from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, insert_replacement
 from streamline_hooks.surgery import (
@@ -112,8 +112,8 @@ class Student:
         _require_gaps(self.windows)
         self._require_one_vocabulary()
         self._require_separate_weights()
-        for root in (model, *self.copies.values(), *self.outside.values()):
-            _keep_backward_of_4_bit_weights(root)
+        for root in (model, self.teacher, *self.copies.values(), *self.outside.values()):
+            keep_4_bit_layout(root)  # gradients pass these weights
         self.training = True
         first = [
             window.start - isinstance(replacement_module, FoldedMap)
@@ -428,20 +428,6 @@ class Student:
             block = duplicates[0] if duplicates else self.stack[window.stop]
             ends.append((next(k for k, module in enumerate(current_blocks) if module is block), False))
         return ends
-
-
-def _keep_backward_of_4_bit_weights(root: nn.Module) -> None:
-    """Keep 4-bit weights of bitsandbytes in the layout whose products have gradients.
-
-    On CPUs with bfloat16 (AVX-512), a forward pass without gradients changes them to a layout for inference, with
-    scales in bfloat16, and no gradient passes them from then on. The values of weights in that layout stay.
-    """
-    module: Any
-    for module in root.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                module.state_dict()  # changes the layout back
 
 
 def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

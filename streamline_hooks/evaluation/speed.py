@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +23,13 @@ from streamline_hooks.core import (
     table,
     validate_arguments,
 )
-from streamline_hooks.modeling import inference, require_generate
+from streamline_hooks.modeling import (
+    evaluation_mode,
+    layers_of_4_bits,
+    preserve_forward_state,
+    require_generate,
+    restore_4_bit_layout,
+)
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -292,7 +298,9 @@ def _take_turn(
         torch.cuda.reset_peak_memory_stats(cuda_device)
     allocated = sum(map(torch.cuda.memory_allocated, cuda))
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    with inference(model):
+    with _as_served(model):
+        if layers_of_4_bits(model):
+            model(prompt[:, :1])
         synchronize(model)
         started = clock()
         generator.generate(
@@ -316,6 +324,16 @@ def _take_turn(
         f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         sum(map(torch.cuda.max_memory_allocated, cuda)) - allocated if cuda else None,
     )
+
+
+@contextmanager
+def _as_served(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode; its 4-bit weights may change to the layout that bitsandbytes runs on CPUs."""
+    with evaluation_mode(model), preserve_forward_state(model), torch.no_grad():
+        try:
+            yield
+        finally:
+            restore_4_bit_layout(model)
 
 
 def require_timeable(name: str, model: Any, positions: int) -> Any:

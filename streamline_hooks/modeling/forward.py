@@ -49,6 +49,47 @@ def is_capture_hook(hook: object) -> bool:
 _NOT_RESTORED = frozenset(vars(nn.Module())) | {"forward"}
 
 
+def restore_4_bit_layout(root: nn.Module) -> None:
+    """Change 4-bit weights that bitsandbytes has changed for inference back to the layout in which they are saved.
+
+    On CPUs with bfloat16 (AVX-512), a forward pass in evaluation mode changes 4-bit weights in place to a layout with
+    scales in bfloat16, whose products have no gradient. ``state_dict`` changes them back, but leaves the scales of
+    weights without double quantization in another order (bitsandbytes 0.50.2), which makes the weights wrong. The
+    rounding of the scales stays.
+    """
+    for layer in layers_of_4_bits(root):
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            layer.state_dict()
+            scales = layer.weight.quant_state.absmax
+            if scales.ndim == 2:
+                layer.weight.quant_state.absmax = scales.T.reshape(-1).float()
+
+
+def keep_4_bit_layout(root: nn.Module) -> list[Any]:
+    """Call `restore_4_bit_layout`, let no forward pass change the layout, and return the layers that would do it."""
+    restore_4_bit_layout(root)
+    layers = [layer for layer in layers_of_4_bits(root) if layer.support_avx512bf16_for_cpu]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return layers
+
+
+@contextmanager
+def keeping_4_bit_layout(root: nn.Module) -> Iterator[None]:
+    """Keep the layout of 4-bit weights that `restore_4_bit_layout` restores, for the duration of the context."""
+    layers = keep_4_bit_layout(root)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+
+
+def layers_of_4_bits(root: nn.Module) -> list[Any]:
+    """Return the modules with 4-bit weights of bitsandbytes, whose layout a forward pass on a CPU may change."""
+    return [module for module in root.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+
+
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Set all modules of the models to evaluation mode, and restore the mode of each module on exit.
@@ -162,6 +203,8 @@ def _reachable_configs(modules: Iterable[nn.Module]) -> list[Any]:
 def inference(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
     """Run a model in evaluation mode and without gradients, and restore its mode on exit.
 
+    Weights of 4 bits keep the layout in which they are saved, see `restore_4_bit_layout`.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -178,7 +221,8 @@ def inference(model: nn.Module, *, restore: bool = True) -> Iterator[None]:
     >>> model.training
     True
     """
-    with evaluation_mode(model), preserve_forward_state(model) if restore else nullcontext(), torch.no_grad():
+    preserved = preserve_forward_state(model) if restore else nullcontext()
+    with evaluation_mode(model), keeping_4_bit_layout(model), preserved, torch.no_grad():
         yield
 
 

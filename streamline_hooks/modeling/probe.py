@@ -29,7 +29,12 @@ from streamline_hooks.core import (
 from streamline_hooks.modeling.block_call import BlockCall, observe_calls
 from streamline_hooks.modeling.block_stack import BlockStack
 from streamline_hooks.modeling.branches import Branches, find_branches
-from streamline_hooks.modeling.forward import evaluation_mode, is_capture_hook, preserve_forward_state
+from streamline_hooks.modeling.forward import (
+    evaluation_mode,
+    is_capture_hook,
+    keeping_4_bit_layout,
+    preserve_forward_state,
+)
 from streamline_hooks.modeling.hooks import is_part_of_model
 
 PROBE_ROWS, PROBE_TOKENS = 2, 8
@@ -219,6 +224,7 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
     with (
         exclusive_global_state(),
         evaluation_mode(model),
+        keeping_4_bit_layout(model),
         preserve_forward_state(model),
         torch.no_grad(),
         torch.random.fork_rng(devices=[]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,12 @@ from streamline_hooks import (
 )
 from streamline_hooks.core import UnsupportedSurgery
 from streamline_hooks.distillation import Student, student_of
+from streamline_hooks.evaluation import measure_speed
 from streamline_hooks.modeling import find_stack
 from streamline_hooks.repair import FoldedConfig, NoneConfig, ScaleConfig, fit_windows, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.selection import block_saliency
+from streamline_hooks.testing import assert_restores
 
 IDS = torch.arange(1, 19).view(2, 9)
 
@@ -236,24 +241,95 @@ def trained_student(model: Any) -> tuple[Student, LinearReplacement]:
     return student, module
 
 
+def changed_for_inference(model: Any) -> Any:
+    """Change 4-bit weights to the layout that bitsandbytes uses in a run without gradients on CPUs with bfloat16."""
+    convert = pytest.importorskip("bitsandbytes.functional")._convert_weight_packed_for_cpu
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.weight.data, layer.weight.quant_state = convert(layer.weight.data, layer.weight.quant_state)
+    return model
+
+
+def distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).norm() / second.norm())
+
+
+ROUNDED_SCALES = 0.02  # of the logits and gradients here
+RUNS: dict[str, Callable[[Any, Path], object]] = {
+    "profile": lambda model, folder: profile(model, [IDS]),
+    "save": lambda model, folder: save(model, folder),
+    "speed": lambda model, folder: measure_speed({"it": model}, tokens=4, new_tokens=2, repeats=1, warm_up=0),
+    "saliency": lambda model, folder: block_saliency(model, [IDS], [1]),
+    "assertion": lambda model, folder: assert_restores(model, nullcontext),
+    "student": lambda model, folder: student_of(find_stack(model), [(range(2, 4), LinearReplacement(64))], None),
+}
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["one scale", "two scales"])
+@pytest.mark.parametrize("name", RUNS)
+def test_4_bit_weights_that_ran_before_stay_the_same(name: str, double: bool, original: Path, tmp_path: Path) -> None:
+    """The conversion back of bitsandbytes 0.50 reorders single scales, which changes the logits by half of their size.
+
+    A block in full precision has gradients, see `block_saliency`.
+    """
+    options = {"bnb_4bit_use_double_quant": double, "llm_int8_skip_modules": ["model.layers.1", "lm_head"]}
+    expected = logits(quantized(original, "4 bit", **options))
+    model = changed_for_inference(quantized(original, "4 bit", **options))
+    RUNS[name](model, tmp_path / "model")
+    assert distance(logits(model), expected) < ROUNDED_SCALES
+    loaded: Any = load(save(model, tmp_path / "saved"))
+    assert distance(logits(exact(loaded)), expected) < ROUNDED_SCALES
+
+
+def test_saliency_before_4_bit_weights_that_ran_before(original: Path) -> None:
+    options = {"llm_int8_skip_modules": ["model.layers.1", "lm_head"]}
+    before, after = (
+        block_saliency(model, [IDS], [1])[1]
+        for model in (
+            quantized(original, "4 bit", **options),
+            changed_for_inference(quantized(original, "4 bit", **options)),
+        )
+    )
+    assert after == pytest.approx(before, rel=ROUNDED_SCALES)
+
+
 @pytest.mark.parametrize("healing", [None, ADAPTERS])
 def test_gradients_pass_4_bit_weights_that_ran_before(healing: HealingConfig | None, original: Path) -> None:
-    """Without `exact`: on some CPUs a run without gradients changes the weights to a layout without a backward pass."""
-    pytest.importorskip("bitsandbytes")
-    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     gradients = []
-    for runs_before in (False, True):
-        model: Any = AutoModelForCausalLM.from_pretrained(original, quantization_config=options)
-        logits(model) if runs_before else exact(model)
+    for change in (exact, changed_for_inference):
+        model = change(quantized(original, "4 bit"))
         student = student_of(find_stack(model), [(range(2, 4), LinearReplacement(64))], healing)
-        logits(model)
         with student.applied():
             model(IDS).logits.square().mean().backward()
         (name,) = (name for name in student.parameters() if name.startswith("2-3."))
         gradient = student.parameters()[name].grad
         assert gradient is not None and gradient.norm() > 0
         gradients.append(gradient)
-    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()  # the other layout rounds the scales
+    assert distance(gradients[1], gradients[0]) < ROUNDED_SCALES
+
+
+def test_speed_is_measured_in_the_layout_for_inference(original: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(original, quantization_config=settings)
+    layer, changed = model.model.layers[3].mlp.down_proj, []
+    layer.register_forward_hook(
+        lambda *_: changed.append(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
+    )
+    measure_speed({"it": model}, tokens=4, new_tokens=2, repeats=1, warm_up=0)
+    assert set(changed) == {layer.support_avx512bf16_for_cpu}
+
+
+@pytest.mark.parametrize("change", [lambda model: model, changed_for_inference], ids=["saved", "inference"])
+def test_no_run_of_the_library_changes_the_layout(change: Callable[[Any], Any], original: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model: Any = change(AutoModelForCausalLM.from_pretrained(original, quantization_config=settings))
+    layer = model.model.layers[3].mlp.down_proj
+    was_supported = layer.support_avx512bf16_for_cpu
+    profile(model, [IDS])
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    assert layer.support_avx512bf16_for_cpu == was_supported
 
 
 @pytest.mark.parametrize("bits", ["4 bit", "8 bit"])

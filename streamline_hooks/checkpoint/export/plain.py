@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamline_hooks.checkpoint.save import atomic_checkpoint
 from streamline_hooks.core import StreamlineError
-from streamline_hooks.modeling import find_stacks, sentence_folder_of
+from streamline_hooks.modeling import find_stacks, restore_4_bit_layout, sentence_folder_of
 from streamline_hooks.surgery import AFTER, BEFORE, find_prompt_skip, spliced
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def write_plain(
 ) -> Path:
     """Write a plain checkpoint, and call `adapt` with its folder before the folder gets its name."""
     check_no_splices(model)
+    restore_4_bit_layout(model)
     target, sentence_folder = Path(folder).resolve(), sentence_folder_of(model)
     record: Any = vars(model.config).pop("streamline_hooks", None)
     try:
