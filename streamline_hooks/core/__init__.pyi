@@ -50,7 +50,7 @@ from .distributed import (
     single_process,
 )
 from .environment import describe_environment
-from .errors import StreamlineError, TrainingInterrupted, UnsupportedSurgery
+from .errors import StreamlineError, TrainingInterrupted, UnsupportedSurgery, warn_caller
 from .files import (
     atomic_file,
     atomic_folder,
@@ -201,6 +201,7 @@ __all__ = [
     "tokenizer_digest",
     "validate_arguments",
     "validate_fields",
+    "warn_caller",
     "weights_digest",
     "weights_in_memory",
     "widest_float",

@@ -1,6 +1,13 @@
-"""Exceptions of this library: StreamlineError and its subclasses."""
+"""Exceptions of this library, StreamlineError and its subclasses, and warnings."""
 
 from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class StreamlineError(ValueError):
@@ -43,3 +50,17 @@ class UnsupportedSurgery(StreamlineError):
     def __init__(self, text: str, cause: str = "") -> None:
         super().__init__(text)
         self.cause = cause
+
+
+def warn_caller(text: str) -> None:
+    """Issue a UserWarning that names the line of the first caller outside this package."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and _is_between(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
+def _is_between(file: str) -> bool:
+    """Whether a frame of this file is in the package, or enters one of its context managers."""
+    return file.startswith(_PACKAGE) or file.endswith("contextlib.py")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-from streamline_hooks.core.errors import StreamlineError
+from streamline_hooks.core.errors import StreamlineError, warn_caller
 from streamline_hooks.core.validation import suggest
 
 _T = TypeVar("_T")
@@ -140,7 +139,7 @@ class Registry(MutableMapping[str, _T]):
                 problems = [text for text in map(self._load, points) if text]
                 self._is_loaded = True
         for text in problems:
-            warnings.warn(text, stacklevel=2)
+            warn_caller(text)
 
     def _load(self, entry_point: EntryPoint) -> str:
         """Register the object of an entry point; return the reason if that fails, otherwise an empty string."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from streamline_hooks.core import Registry, StreamlineError, validate_arguments
+from streamline_hooks.core import Registry, StreamlineError, validate_arguments, warn_caller
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 
@@ -290,11 +289,10 @@ def _stacks_of_finders(model: nn.Module) -> list[BlockStack]:
                 _check_stacks(model, stacks)
                 return list(stacks)
         except Exception as error:  # the finder is foreign code
-            warnings.warn(
+            warn_caller(
                 f"The {STACK_FINDERS.describe(name)} failed for {type(model).__name__}: "
                 f"{type(error).__name__}: {error} The built-in search is used instead. Correct or update the finder, "
-                f"or remove it with del STACK_FINDERS[{name!r}].",
-                stacklevel=2,
+                f"or remove it with del STACK_FINDERS[{name!r}]."
             )
     return []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from streamline_hooks.core import (
     exclusive_global_state,
     max_positions,
     to_float64,
+    warn_caller,
 )
 from streamline_hooks.modeling.forward import forward_parameters, inference, logits_to_keep, preserve_forward_state
 
@@ -194,10 +194,9 @@ def _left_pad(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[st
 def _batch_prompts(model: Any, prompts: Sequence[Sequence[int]], samples: int, pad: int) -> list[tuple[list[int], int]]:
     """Return batches of prompt indices, each with its number of texts per prompt."""
     if len(prompts) * samples > 1 and (reason := batch_dependence(model, max(prompts, key=len), pad)):
-        warnings.warn(
+        warn_caller(
             f"{len(prompts) * samples} texts are generated one at a time: in a batch, this {type(model).__name__} "
-            f"{reason}.",
-            stacklevel=3,
+            f"{reason}."
         )
         return [([k], 1) for k in range(len(prompts)) for _ in range(samples)]
     by_length: dict[int, list[int]] = {}
@@ -205,10 +204,9 @@ def _batch_prompts(model: Any, prompts: Sequence[Sequence[int]], samples: int, p
         by_length.setdefault(len(prompt), []).append(k)
     if len(by_length) < 2 or not (reason := padding_dependence(model, prompts, pad)):
         return [(list(range(len(prompts))), samples)]
-    warnings.warn(
+    warn_caller(
         f"Prompts of {len(by_length)} lengths are generated in separate batches: with padding, this "
-        f"{type(model).__name__} {reason}.",
-        stacklevel=3,
+        f"{type(model).__name__} {reason}."
     )
     return [(alike, samples) for alike in by_length.values()]
 

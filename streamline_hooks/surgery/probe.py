@@ -7,7 +7,6 @@ logits, a failing forward pass, or a cache that no longer fits.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from streamline_hooks.core import UnsupportedSurgery
+from streamline_hooks.core import UnsupportedSurgery, warn_caller
 from streamline_hooks.modeling import (
     PROBE_TOKENS,
     BlockStack,
@@ -77,7 +76,7 @@ def run_reference(stack: BlockStack, window: range, removed_splices: Sequence[nn
         ]
 
     message = f"Removals in this {type(model).__name__} are not compared with the same blocks bypassed"
-    reference = run_reference_with_hooks(model, attach, message, frames=6, runs=first)
+    reference = run_reference_with_hooks(model, attach, message, runs=first)
     if reference is not None and not called:
         raise UnsupportedSurgery(
             f"Block {window.start} cannot be removed: a forward of {' and '.join(reference.inputs)} alone does not run "
@@ -91,13 +90,12 @@ def run_reference_with_hooks(
     model: nn.Module,
     attach: Callable[[], Iterable[RemovableHandle]],
     message: str,
-    frames: int,
     runs: nn.Module | None = None,
 ) -> ReferenceRun | None:
     """Run the model with the hooks that `attach` registers, preferably on inputs that run the module `runs`.
 
     Return None, with a warning, if the model cannot be run without a batch or is not deterministic. The warning begins
-    with `message` and is attributed to the caller `frames` calls above this function.
+    with `message`.
     """
     with isolated_inference(model):
         try:
@@ -107,7 +105,7 @@ def run_reference_with_hooks(
         except ProbeFailedError as error:
             reason = f"it cannot be run without a batch ({error})"
         if reason:
-            warnings.warn(f"{message}: {reason}.", stacklevel=frames + 1)
+            warn_caller(f"{message}: {reason}.")
             return None
         cached = cache_matches_forward(model, logits, inputs)
         as_called = not cached and not forward_error(model, inputs)

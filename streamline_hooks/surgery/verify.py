@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamline_hooks.core import warn_caller
 from streamline_hooks.modeling import (
     BlockStack,
     isolated_inference,
@@ -59,7 +59,7 @@ def compare_with_reference(
     run_stack = _stack_to_run(stack)
     if run_stack is None:
         if window.stop < len(stack):
-            _warn_about_indices(stack, frames=6)
+            _warn_about_indices(stack)
         return None
     reference = run_reference(run_stack, window, removed_splices)
     if reference is None:
@@ -80,11 +80,11 @@ def compare_insertion(
     run_stack = _stack_to_run(stack)
     if run_stack is None:
         if k < len(stack):
-            _warn_about_indices(stack, frames=5)
+            _warn_about_indices(stack)
         return None
     model = run_stack.model
     message = f"Insertions in this {type(model).__name__} are not compared with the model before"
-    reference = run_reference_with_hooks(model, lambda: (), message, frames=5)
+    reference = run_reference_with_hooks(model, lambda: (), message)
     if reference is None:
         return None
     with with_block() as edits, _returning_its_input(block):
@@ -130,16 +130,15 @@ def _find_difference(
     return mismatch, edits.indices_used_in_forward(lambda: matches_reference(reference, model)) if in_question else ()
 
 
-def _warn_about_indices(stack: BlockStack, frames: int) -> None:
+def _warn_about_indices(stack: BlockStack) -> None:
     """Warn if blocks are renumbered by an attribute with an unusual name, since no run verifies it."""
     for index in find_index_attributes(stack.blocks):
         if index.name not in INDEX_NAMES:
             values = ", ".join(str(index.of(k)) for k in range(3))
-            warnings.warn(
+            warn_caller(
                 f"The blocks of {stack.path} have the attribute {index.name!r} ({values}, ...), which is treated as "
                 "their index and is renumbered. Whether the blocks compute with it cannot be verified "
-                "here. If they do, restore the old values on the remaining blocks.",
-                stacklevel=frames + 1,
+                "here. If they do, restore the old values on the remaining blocks."
             )
 
 

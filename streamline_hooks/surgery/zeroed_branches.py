@@ -159,7 +159,7 @@ def observe_zeroed(model: nn.Module, block: nn.Module, paths: Iterable[str]) -> 
         return [block.get_submodule(owner).register_forward_hook(zero_output) for owner in owners]
 
     message = f"The zeroed branch of this {type(model).__name__} is not compared with the model without the branch"
-    return run_reference_with_hooks(model, attach, message, frames=4, runs=block)
+    return run_reference_with_hooks(model, attach, message, runs=block)
 
 
 def zero_output(module: nn.Module, args: Any, output: Any) -> Any:

@@ -428,9 +428,7 @@ def _wrong_without(skipping: BlockSkipper, blocks: Sequence[int]) -> str | None:
 
     message = f"Skipping blocks of this {type(model).__name__} is not compared with bypassing the same blocks"
     is_whole_model = saved_model_depth(stack) == 0
-    reference = (
-        run_reference_with_hooks(model, attach, message, frames=5, runs=stack[blocks[0]]) if is_whole_model else None
-    )
+    reference = run_reference_with_hooks(model, attach, message, runs=stack[blocks[0]]) if is_whole_model else None
     if reference is not None and len(called) < len(blocks):
         inputs = " and ".join(reference.inputs)
         return f"the model cannot be verified, because a forward of {inputs} alone does not run all of these blocks"

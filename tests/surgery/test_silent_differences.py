@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +158,21 @@ class Numbered(nn.Module):
         return state
 
 
-@pytest.mark.parametrize("operation", ["remove", "insert"])
+OPERATIONS: dict[str, Callable[[LayerSurgeon], object]] = {
+    "remove": lambda surgeon: surgeon.remove(range(1, 3)),
+    "replace": lambda surgeon: surgeon.replace(range(1, 3), nn.Linear(4, 4)),
+    "insert": lambda surgeon: surgeon.insert(2, NumberedBlock(2)),
+    "check": lambda surgeon: surgeon.check(range(1, 3)),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_renumbering_that_no_run_verifies_is_announced_where_it_is_called(operation: str) -> None:
     with (
         LayerSurgeon(Numbered()) as surgeon,
         pytest.warns(UserWarning, match=r"attribute 'place' .*renumbered") as told,
     ):
-        if operation == "insert":
-            surgeon.insert(2, NumberedBlock(2))
-        else:
-            surgeon.remove(range(1, 3))
+        OPERATIONS[operation](surgeon)
     assert [warning.filename for warning in told] == [__file__]
 
 
