@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from optimum.quanto.library.extensions import cpp
 from torch import nn
 
 from benchmarks import depth_sweep, prompt_skip, prompt_skip_cost, scored_tasks
@@ -119,6 +121,11 @@ def test_the_last_word_may_be_followed_by_a_full_stop(text: str, right: str, mon
     assert prompts == ["the cat sleeps under a green"] * 2  # the space belongs to the tokens of the word
 
 
+def unpack_4_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    assert bits == 4
+    return torch.cat([packed & 15, packed >> 4])
+
+
 def test_the_sweep_combines_removal_skipping_and_quantization(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +134,7 @@ def test_the_sweep_combines_removal_skipping_and_quantization(
     monkeypatch.setattr(depth_sweep.ScoredTasks, "score", lambda tasks, model: {"copying": "11"})
     words = ["--data", ".", "--removed", "0,1", "--skipped", "0,2", "--items", "2", "--rounds", "1"]
     monkeypatch.setattr("sys.argv", ["depth_sweep", *words])
+    monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack_4_bits))  # instead of compiling it
     depth_sweep.main()
     rows = list(json.loads(depth_sweep.FILE.read_text())["rows"].values())
     assert [(row["removed"], row["skipped"], row["weights"]) for row in rows] == [
