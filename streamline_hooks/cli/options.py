@@ -36,7 +36,9 @@ ConfigFile = Annotated[
 PrintConfig = Annotated[
     bool, Parameter(name="--print-config", help="Print the config as YAML, for --config, and exit.", negative=())
 ]
-Preset = Annotated[str, Parameter(help="Named config: best, iterative, two-windows, none, llm-streamline-ffn, ...")]
+Preset = Annotated[
+    str, Parameter(help="Named config: best, best-plain, iterative, two-windows, none, llm-streamline-ffn, ...")
+]
 ProfileFile = Annotated[
     Path | None, Parameter(name="--profile", help="Profile from `rank --save`, instead of measuring one.")
 ]

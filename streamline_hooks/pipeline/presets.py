@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamline_hooks.core import Registry
 from streamline_hooks.distillation import DistillationConfig, HealingConfig
@@ -57,6 +57,13 @@ for _preset in (
         "selects the blocks that copy (benchmarks/results/quality_generation.md). If the text differs from the "
         "intended use of the model, train the replacement alone by KL, which does not adapt the model to the text: "
         "SwiGLUConfig() with loss={'kl': 1.0}.",
+    ),
+    Preset(
+        "best-plain",
+        replace(_BEST, repair=BlockConfig()),
+        "`best` with an inherited block instead of the SwiGLU, so that the result has the original architecture and "
+        "every engine serves it. It removes one block more and keeps the first block of the window, trained with the "
+        "blocks after it. It retains less generation than `best` (benchmarks/results/retained_quality.md).",
     ),
     Preset(
         "two-windows",

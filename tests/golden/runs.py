@@ -104,6 +104,7 @@ RUNS: dict[str, Run] = {
     "search/mlp": _search("mlp", kind="linear"),
     # Each preset, on documents.
     "preset/best": _preset("best", True),
+    "preset/best-plain": _preset("best-plain", True),
     "preset/two-windows": _preset("two-windows", True),
     "preset/iterative": _preset("iterative", True),
     "preset/none": _preset("none", False),

@@ -180,7 +180,9 @@ def test_a_config_with_an_empty_on_policy_is_read_and_another_refused() -> None:
 def test_an_unknown_field_of_a_preset_is_named() -> None:
     with pytest.raises(StreamlineError, match="'remvoe'.*Did you mean 'remove'"):
         CompressionConfig.preset("best", remvoe=3)
-    with pytest.raises(StreamlineError, match=r"'bets'.*Expected one of best, two-windows.*Did you mean 'best'"):
+    with pytest.raises(
+        StreamlineError, match=r"'bets'.*Expected one of best, best-plain, two-windows.*Did you mean 'best'"
+    ):
         CompressionConfig.preset("bets")
 
 
