@@ -46,7 +46,8 @@ def prepare_inputs(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
 
     Tensors are moved to the model's device. If padding precedes or interrupts a sequence, ``position_ids`` are computed
     from the attention mask, because many models count padding tokens. Models with several positions per token (such as
-    Qwen2-VL) compute their positions from the mask, so none are added.
+    Qwen2-VL) compute their positions from the mask, so none are added. For an encoder-decoder with ``labels`` alone, a
+    label of −100 at the end of a row is padding, which ``decoder_attention_mask`` marks.
 
     Parameters
     ----------
@@ -79,7 +80,21 @@ def prepare_inputs(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
         inputs |= {} if positions is None else {"position_ids": positions}
     if takes_use_cache(parameters):
         inputs.setdefault("use_cache", False)
+    labels = inputs.get("labels")
+    if (
+        "decoder_attention_mask" in parameters
+        and _DECODER_INPUTS.isdisjoint(inputs)
+        and isinstance(labels, Tensor)
+        and labels.ndim == 2
+    ):
+        has_answer = labels != IGNORE_INDEX
+        is_padded = not has_answer.all()
+        if is_padded and has_answer[:, 0].all() and not (has_answer[:, 1:] & ~has_answer[:, :-1]).any():
+            inputs["decoder_attention_mask"] = has_answer.long()
     return inputs
+
+
+_DECODER_INPUTS = frozenset({"decoder_attention_mask", "decoder_input_ids", "decoder_inputs_embeds"})
 
 
 def position_ids_from_mask(model: nn.Module, mask: Tensor) -> Tensor | None:

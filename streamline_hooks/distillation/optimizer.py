@@ -134,9 +134,12 @@ def cached_autocast_weights(modules: Iterable[nn.Module], dtype: torch.dtype | N
 
 
 def _cached_forward(layer: nn.Linear, weight: Any, bias: Any) -> Any:
+    cached = layer.weight, layer.bias
+
     def forward(states: Tensor) -> Tensor:
         device_type = states.device.type
-        if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == weight.dtype:
+        is_cast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == weight.dtype
+        if is_cast and layer.weight is cached[0] and layer.bias is cached[1]:  # a fold exchanges them
             return linear(states, weight, bias)
         return nn.Linear.forward(layer, states)
 

@@ -112,6 +112,7 @@ class Student:
         _require_gaps(self.windows)
         self._require_one_vocabulary()
         self._require_separate_weights()
+        self._require_weights_in_memory()
         for root in (model, self.teacher, *self.copies.values(), *self.outside.values()):
             keep_4_bit_layout(root)  # gradients pass these weights
         self.training = True
@@ -188,7 +189,7 @@ class Student:
     def apply(self, surgeon: LayerSurgeon) -> None:
         """Insert replacements and copies of blocks; the surgeon's plan counts copied blocks as removed.
 
-        To commit a trained student, use `merge`, `copy_weights_to_model` and `insert_replacement` instead.
+        To commit a trained student, use `merge`, `insert_replacement` and `copy_weights_to_model` instead.
         """
         self.modules: dict[str, list[nn.Module]] = {}
         for window, replacement_module in self.replacement_modules:
@@ -251,6 +252,11 @@ class Student:
                 deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
                 if isinstance(target, Conv1D) != layer.fan_in_fan_out:  # bitsandbytes turns Conv1D into Linear
                     deltas = [delta.T for delta in deltas]
+                if weight.is_meta:
+                    raise StreamlineError(
+                        f"{path} of block {k} is offloaded, so nothing can be added to it. Expected weights in memory. "
+                        "Load the model without offloading."
+                    )
                 if not weight.is_floating_point() or weight.shape != deltas[0].shape:
                     raise StreamlineError(
                         f"{path} of block {k} has weights of dtype {weight.dtype} and shape {tuple(weight.shape)}. "
@@ -263,8 +269,32 @@ class Student:
                 for delta in deltas:
                     weight.add_(delta.to(weight.device, weight.dtype))
 
+    def _require_weights_in_memory(self) -> None:
+        """Raise if the trained weights of a copy cannot be written back, because the originals are offloaded."""
+        originals = {f"Block {k}": self.stack[k] for k in self.copies}
+        originals |= {path: self.model.get_submodule(path) for path in self.outside}
+        for name, module in originals.items():
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise StreamlineError(
+                    f"{name} is offloaded, so its trained weights cannot be written back. Expected blocks in memory "
+                    "for healing. Load the model without offloading, heal other blocks, or train the replacement alone."
+                )
+
     def copy_weights_to_model(self) -> None:
-        """Copy the trained (and merged) weights of the copies into the model, before a surgeon removes the windows."""
+        """Copy the trained (and merged) weights of the copies into the model.
+
+        Raises
+        ------
+        StreamlineError
+            If a replacement is part of a block (folded, scale) and its window is not removed yet. The trained weights
+            contain the replacement, which `insert_replacement` would apply again.
+        """
+        inside = [m for _, m in self.replacement_modules if isinstance(m, (FoldedMap, ScaleFactor))]
+        if inside and len(find_stack(self.model, self.stack.path)) == len(self.stack):
+            raise StreamlineError(
+                f"The trained weights contain the {type(inside[0]).__name__}, which inserting it would apply again. "
+                "Expected a model without the windows. Call insert_replacement and commit first."
+            )
         pairs = [(self.stack[k], duplicate) for k, duplicate in self.copies.items()]
         pairs += [(self.model.get_submodule(path), duplicate) for path, duplicate in self.outside.items()]
         with torch.no_grad():

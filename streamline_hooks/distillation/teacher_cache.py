@@ -19,6 +19,7 @@ from streamline_hooks.core import (
     StreamlineError,
     UnsupportedSurgery,
     batch_rows,
+    batches_digest,
     is_sharded,
     retry_with_fewer_rows,
     select_rows,
@@ -89,6 +90,8 @@ class TeacherCache:
         Whether the outputs of the last block are cached.
     batches : list of TeacherStates
         The states of each batch.
+    data : str
+        Digest of the batches; "" if unknown.
 
     Examples
     --------
@@ -100,6 +103,7 @@ class TeacherCache:
     after: tuple[range, ...]
     exits: bool
     batches: list[TeacherStates]
+    data: str = ""
 
 
 @contextmanager
@@ -180,7 +184,7 @@ def cache_teacher_states(
             return states
 
         (batch_states,) = retry_with_fewer_rows(run, rows, splits=not is_sharded(model))
-        yield TeacherCache(start, tuple(after), exits, batch_states)
+        yield TeacherCache(start, tuple(after), exits, batch_states, batches_digest(batches))
         batch_states.clear()
 
 

@@ -17,6 +17,7 @@ from streamline_hooks.core import (
     HardwareConfig,
     StreamlineError,
     UnsupportedSurgery,
+    batches_digest,
     check_writable,
     device_of,
     distributed_step,
@@ -255,4 +256,9 @@ def _require_fitting(
             f"{len(teacher_cache.batches)} batches{'' if has_exits else ', without exits'}. Expected block "
             f"{student.start}, the windows {list(after)} and {len(batches)} batches. Cache the states for this "
             "student, or set teacher_cache to None."
+        )
+    if teacher_cache.data not in ("", batches_digest(batches)):
+        raise StreamlineError(
+            "Student.teacher_cache has the states of other batches, or of these in another order. Expected those of "
+            "the training data. Cache the states of these batches, or set teacher_cache to None."
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from streamline_hooks.core import Batch, HardwareConfig, StreamlineError, atomic_file, batches_digest, parse_json
 from streamline_hooks.distillation.config import DistillationConfig
 from streamline_hooks.distillation.student import Student
+from streamline_hooks.repair import FoldedMap, ScaleFactor
 
 _METADATA_KEY = "streamline_hooks_training"
 _DIGEST = "blake2b"
@@ -100,6 +101,15 @@ def training_fingerprint(
     ]  # dropout, LoRA's scale
     task = str(student.task)
     data_digests = batches_digest(batches), batches_digest(validation)
+    inside_blocks = [
+        [f"{float(value):.3e}" for value in (module.map.norm(), module.map.diagonal().sum())]
+        if isinstance(module, FoldedMap)
+        else f"{module.factor:.3e}"
+        for _, module in student.replacement_modules
+        if isinstance(module, (FoldedMap, ScaleFactor))
+    ]  # four digits, because another machine may round a fit differently
+    if inside_blocks:
+        module_options.append(("inside blocks", repr(inside_blocks), None))
     parts_of_run = sorted(settings.items()), shapes, student.windows, student.rate, module_options, task, data_digests
     digest = hashlib.sha256(repr((*parts_of_run, *student.settings)).encode())
     for model in dict.fromkeys([student.model, student.teacher]):

@@ -185,14 +185,18 @@ def agreement(
             f"{type(original).__name__} returns embeddings, which have no KL divergence. Expected a model with logits. "
             "Call embedding_similarity."
         )
-    if any(find_prompt_skip(m) is not None for m in (model, original)):
-        logger.warning("The prompts of a model skip blocks, but this comparison runs all of them for every token")
     total = Agreement(unit=task.unit)
     with run_paired(model, original, split_large_batches(original, batches), desc, task) as pairs:
         for _, _, reference, answers in pairs:
             total += compare_logits(reference, answers, total.unit)
     total._tokens()  # raises if no token was compared
     return total
+
+
+def warn_that_prompts_are_run_in_full(*models: nn.Module) -> None:
+    """Warn that all tokens of a text run all blocks, if the prompts of a model skip some of them."""
+    if any(find_prompt_skip(model) is not None for model in models):
+        logger.warning("The prompts of a model skip blocks, but this measurement runs all of them for every token")
 
 
 @closing_generator
@@ -204,6 +208,7 @@ def run_paired(
     Memory holds the logits of one batch, for both models.
     """
     require_distinct_models(model, original)
+    warn_that_prompts_are_run_in_full(model, original)
     with inference(model), inference(original), progress_bar(sum(map(count_tokens, batches)), desc) as bar:
         for number, batch in enumerate(batches):
             reference = task.answers(original(**prepare_inputs(original, batch)), batch)

@@ -24,11 +24,29 @@ from streamline_hooks.core import (
     target_ids,
     validate_arguments,
 )
-from streamline_hooks.evaluation.agreement import Agreement, compare_logits, require_finite_outputs, run_paired
+from streamline_hooks.evaluation.agreement import (
+    Agreement,
+    compare_logits,
+    require_finite_outputs,
+    run_paired,
+    warn_that_prompts_are_run_in_full,
+)
 from streamline_hooks.evaluation.embeddings import EmbeddingSimilarity, compare_embeddings
 from streamline_hooks.evaluation.perplexity import Perplexity
 from streamline_hooks.modeling import Task, inference
 from streamline_hooks.surgery import split_large_batches
+
+
+def require_classes(labels: Tensor, classes: int) -> None:
+    """Raise unless each label is a class index or `IGNORE_INDEX`."""
+    wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise StreamlineError(
+            f"A batch has the label {int(wrong[0])}. Expected class indices from 0 to {classes - 1}, or "
+            f"{IGNORE_INDEX} where the class is unknown. Map the labels to the model's classes; test splits often hide "
+            "them as -1."
+        )
+
 
 _ANSWERS_AT_ONCE = 32  # fits the processor's cache with any vocabulary
 
@@ -161,6 +179,7 @@ def score_batches(
     """
     task = task or Task.of(model)
     counter = _Counter(task)
+    warn_that_prompts_are_run_in_full(model)
     with inference(model), progress_bar(sum(map(count_tokens, batches)), desc) as bar:
         for number, (batch, inputs) in enumerate(_without_labels(split_large_batches(model, batches), task)):
             prepared = prepare_inputs(model, inputs)
@@ -291,6 +310,7 @@ class _Counter:
                 f"The labels of a batch have dtype {labels.dtype} and shape {tuple(labels.shape)}. Expected one class "
                 f"index for each of {len(first)} {self.task.unit}s, of shape ({len(first)},). Correct the labels."
             )
+        require_classes(labels, self._classes)
         real = labels != IGNORE_INDEX
         for k, logits in enumerate(answers):
             right = logits.argmax(dim=-1) == labels.to(logits.device)

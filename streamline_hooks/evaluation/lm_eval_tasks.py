@@ -120,11 +120,24 @@ class TaskResult:
         return float(np.std(self.scores, ddof=1)) / math.sqrt(len(self.scores)) if len(self.scores) > 1 else math.nan
 
 
+def _exclude_own_answers(task: Any) -> None:
+    """Name the test split as the source of examples if lm-eval uses it because there is no other.
+
+    lm-eval leaves the question itself out of its examples only if the names of both splits are equal.
+    """
+    examples: Any = getattr(task, "fewshot_cfg", None)
+    is_default = examples is not None and examples.split is None and examples.samples is None
+    if is_default and task.has_test_docs() and not (task.has_training_docs() or task.has_validation_docs()):
+        task.set_config("fewshot_split", task.config.test_split)
+        examples.split = task.config.test_split
+
+
 def run_tasks(
     model: nn.Module, tokenizer: Any, tasks: Sequence[TaskSource], settings: TaskSettings | None = None
 ) -> dict[str, TaskResult]:
-    """Evaluate a model on lm-eval tasks, with the same results as lm-eval's command line.
+    """Evaluate a model on lm-eval tasks, with the same results as lm-eval's command line for the same seeds.
 
+    Few-shot examples are chosen by the seed of the settings; the command line's ``--seed`` for them is 1234 by default.
     The model may be inside an open `LayerSurgeon` or `PromptSkip`; the contexts of multiple-choice tasks are then
     prompts that skip blocks. Model, tokenizer and random states are restored.
 
@@ -174,6 +187,7 @@ class LoadedTask:
                 task.set_config("num_fewshot", settings.few_shot)
             elif task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
+            _exclude_own_answers(task)
         self._chosen = {
             name: random_subset(list(range(len(task.eval_docs))), settings.items, f"{settings.seed} {name}")
             for name, task in self.tasks.items()

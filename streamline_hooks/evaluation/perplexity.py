@@ -22,6 +22,7 @@ from streamline_hooks.core import (
     validate_arguments,
     widest_float,
 )
+from streamline_hooks.evaluation.agreement import warn_that_prompts_are_run_in_full
 from streamline_hooks.modeling import Candidate, StateSource, VariantOutputs, get_logits, task_from_class_names
 from streamline_hooks.surgery import as_state_source
 
@@ -114,6 +115,7 @@ def perplexity_of_candidates(
     source = as_state_source(model, stack)
     require_causal_lm(source.model)
     total, results = Perplexity(), [Perplexity()] * len(candidates)
+    warn_that_prompts_are_run_in_full(source.model)
     with source.outputs(batches, candidates, desc) as outputs:
         for at in outputs:
             total += _score_output(at, at.output)

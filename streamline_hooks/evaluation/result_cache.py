@@ -13,7 +13,16 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from streamline_hooks.core import StreamlineError, autocast_dtype, check_writable, model_digest, parse_json, write_json
+from streamline_hooks.core import (
+    StreamlineError,
+    autocast_dtype,
+    check_writable,
+    model_digest,
+    parse_json,
+    weights_digest,
+    write_json,
+)
+from streamline_hooks.surgery import find_prompt_skip
 
 _T = TypeVar("_T")
 _KEY = "streamline_hooks_measured"
@@ -67,7 +76,13 @@ class ResultCache:
         return _read(kind, cached["value"]), cached["seconds"]
 
     def _model(self, model: nn.Module) -> str:
-        """Return a digest of a model, its autocast dtype and its generation config."""
+        """Return a digest of a model, its autocast dtype, its generation config, and how its prompts skip blocks."""
+        if (skip := find_prompt_skip(model)) is not None:
+            maps = [None if m is None else weights_digest(m) for m in skip.maps]
+            return f"{self._without_skip(model)} {skip.stack.path} {skip.window} {skip.last_tokens} {maps}"
+        return self._without_skip(model)
+
+    def _without_skip(self, model: nn.Module) -> str:
         if id(model) not in self._models:
             generation: Any = getattr(model, "generation_config", None)
             settings = generation.to_dict() if generation is not None else {}

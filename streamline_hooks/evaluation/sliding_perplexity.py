@@ -19,7 +19,13 @@ from streamline_hooks.core import (
     progress_bar,
     validate_arguments,
 )
-from streamline_hooks.evaluation.agreement import Agreement, compare_logits, require_finite_outputs, require_same_shape
+from streamline_hooks.evaluation.agreement import (
+    Agreement,
+    compare_logits,
+    require_finite_outputs,
+    require_same_shape,
+    warn_that_prompts_are_run_in_full,
+)
 from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood, Perplexity, negative_log_likelihoods
 from streamline_hooks.modeling import get_logits, inference, logits_to_keep, select_tokens
 
@@ -257,6 +263,7 @@ class _Documents:
         nlls = [[0.0] * len(self.windows) for _ in models]
         tokens = sum(part.scored for part in self.windows)
         agreement = Agreement()
+        warn_that_prompts_are_run_in_full(*models)
         with ExitStack() as stack, progress_bar(tokens, desc) as bar:
             for model in models:
                 stack.enter_context(inference(model))

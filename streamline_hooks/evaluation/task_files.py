@@ -46,6 +46,7 @@ class RowLayout:
 
 
 _COPA_CHOICE = "{{[' ' ~ choice1[0]|lower ~ choice1[1:], ' ' ~ choice2[0]|lower ~ choice2[1:]]}}"
+_NO_OR_YES = ["no", "yes"]
 _BEFORE, _AFTER = "sentence.split('_')[0]", "sentence.split('_')[1]"
 
 ROW_LAYOUTS = {
@@ -91,7 +92,7 @@ ROW_LAYOUTS = {
     )),
     "hellaswag, ctx": replace(hellaswag, fields=("ctx", "endings", "label"), text=f"{{{{[ctx]|{_CLEAN}|first}}}}"),
     "boolq": (boolq := RowLayout(
-        ("passage", "question", "answer"), "{{passage}}\nQuestion: {{question}}?\nAnswer:", ["no", "yes"],
+        ("passage", "question", "answer"), "{{passage}}\nQuestion: {{question}}?\nAnswer:", _NO_OR_YES,
         "{{answer|int}}", ("acc",),
     )),
     "boolq, label": replace(boolq, fields=("passage", "question", "label"), target="{{label|int}}"),
@@ -277,6 +278,9 @@ def task_config_from_rows(rows: Sequence[Mapping[str, Any]], name: str, **settin
                 f"{name}: row {number} has {layout.fields[-1]}={row[layout.fields[-1]]!r}: its answer is hidden, as in "
                 "test splits. Expected an answer. Use the validation split."
             )
+    if layout.choice == _NO_OR_YES:
+        answer = layout.fields[-1]
+        rows = [{**row, answer: _as_bool(row[answer], f"{name}: row {number}")} for number, row in enumerate(rows)]
     from datasets import Dataset
 
     try:
@@ -301,6 +305,15 @@ def task_config_from_rows(rows: Sequence[Mapping[str, Any]], name: str, **settin
         **layout.settings,
         **settings,
     }
+
+
+def _as_bool(answer: Any, where: str) -> bool:
+    for value, words in ((False, ("false", "no", "0")), (True, ("true", "yes", "1"))):
+        if str(answer).strip().lower() in words:
+            return value
+    raise StreamlineError(
+        f"{where} has the answer {answer!r}. Expected true or false, yes or no, or 1 or 0. Correct the row."
+    )
 
 
 def _layout_of(row: Mapping[str, Any], name: str) -> RowLayout:

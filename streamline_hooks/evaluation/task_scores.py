@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import Batch, StreamlineError, validate_arguments
+from streamline_hooks.core import IGNORE_INDEX, Batch, StreamlineError, validate_arguments
+from streamline_hooks.evaluation.batch_scores import require_classes
 from streamline_hooks.evaluation.embeddings import compare_embeddings, compute_answers
 from streamline_hooks.modeling import Task, reference_outputs, sum_distance
 
@@ -83,7 +84,8 @@ class TaskScores:
         -------
         dict of str to float
             For models with logits: ``kl``, the mean KL(original ‖ changed) in nats; ``top1``, the fraction of outputs
-            with the same top-1 token or class; and, for classifiers with labels, ``accuracy``. For embedding models:
+            with the same top-1 token or class; and, for classifiers with labels, ``accuracy``, without outputs whose
+            label is −100. For embedding models:
             ``cosine`` and ``spearman`` (see `EmbeddingSimilarity`).
         """
         return self._scores(compute_answers(model, self._batches, self.task, what))
@@ -99,8 +101,9 @@ class TaskScores:
         scores = {"kl": max(0.0, kl), "top1": same / count}  # rounding can make the KL negative
         labels = [batch.get("labels") if not isinstance(batch, Tensor) else None for batch in self._batches]
         if self.task.unit != "token" and all(isinstance(batch_labels, Tensor) for batch_labels in labels):
+            known = sum(int((cast(Tensor, target) != IGNORE_INDEX).sum()) for target in labels)
             right = [_count_right(q, cast(Tensor, target)) for q, target in zip(answers, labels, strict=True)]
-            scores["accuracy"] = sum(right) / count
+            scores |= {"accuracy": sum(right) / known} if known else {}
         return scores
 
 
@@ -111,4 +114,5 @@ def _count_right(answers: Tensor, labels: Tensor) -> int:
             f"The labels of a batch have dtype {labels.dtype} and shape {tuple(labels.shape)}. Expected one class "
             f"index for each of {len(answers)} outputs, of shape ({len(answers)},). Correct the labels."
         )
+    require_classes(labels, answers.shape[1])
     return int((answers.argmax(dim=-1) == labels.to(answers.device)).sum())

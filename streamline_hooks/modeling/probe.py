@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -217,12 +217,15 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
 
     Hooks by which Transformers captures hidden states stay, because LLaVA's forward uses the captured states. A forward
     that accelerate wrapped for mixed precision runs unwrapped: its outputs are float32 with the accuracy of bfloat16.
+    Autocast is disabled for the same reason.
     """
     original: Any = vars(model).get("_original_forward")
     wrapped = None if original is None else vars(model).get("forward")
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    device = device_of(model).type
     with (
         exclusive_global_state(),
+        nullcontext() if device == "meta" else torch.autocast(device, enabled=False),
         evaluation_mode(model),
         keeping_4_bit_layout(model),
         preserve_forward_state(model),

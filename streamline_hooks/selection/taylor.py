@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from streamline_hooks.core import (
+    IGNORE_INDEX,
     Batch,
     StreamlineError,
-    get_input_ids,
-    label_mask,
     prepare_inputs,
     progress_bar,
+    shift_labels,
+    target_ids,
     to_float64,
 )
 from streamline_hooks.evaluation import require_causal_lm
@@ -50,7 +51,8 @@ def block_saliency(
     model : torch.nn.Module
         A causal language model.
     batches : sequence of mapping or torch.Tensor
-        Token ids of shape (batch, tokens), or mappings with ``input_ids``.
+        Token ids of shape (batch, tokens), or mappings with ``input_ids``. Tokens whose ``labels`` are −100 are not
+        predicted.
     blocks : iterable of int
         Indices of the blocks.
     stack : str, optional
@@ -81,8 +83,8 @@ def block_saliency(
     parameters = {k: _own_parameters(block_stack[k]) for k in chosen}
     unique: dict[Tensor, None] = dict.fromkeys(p for k in chosen for p in parameters[k])  # blocks may share parameters
     sums = {p: torch.zeros_like(p, dtype=_accumulation_dtype(p), requires_grad=False) for p in unique}
-    masks = [_predicted_mask(batch) for batch in batches]
-    total = sum(int(mask.sum()) for mask in masks)
+    labels = [_next_tokens(batch) for batch in batches]
+    total = sum(int((values != IGNORE_INDEX).sum()) for values in labels)
     if not total:
         raise StreamlineError(
             "The batches contain no predicted token. Expected sequences with at least two real tokens. Pass longer "
@@ -99,14 +101,16 @@ def block_saliency(
 
     desc = f"gradients: blocks {chosen[0]} to {chosen[-1]} of {len(block_stack)}"
     with inference(model), _gradients_of(model, sums, receive), progress_bar(total, desc) as bar:
-        for number, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
-            if not mask.any():
+        for number, (batch, next_tokens) in enumerate(zip(batches, labels, strict=True)):
+            mask = next_tokens != IGNORE_INDEX
+            count = int(mask.sum())
+            if not count:
                 continue
-            share = float(mask.sum()) / total
+            share = count / total
             logits = get_logits(model(**prepare_inputs(model, batch)))
-            labels = get_input_ids(batch).to(logits.device)[:, 1:][mask.to(logits.device)]
-            predicted = logits[:, :-1][mask.to(logits.device)]
-            loss = cross_entropy(predicted.to(_accumulation_dtype(predicted)), labels)
+            predicted = logits[mask.to(logits.device)]
+            targets = next_tokens[mask].to(logits.device)
+            loss = cross_entropy(predicted.to(_accumulation_dtype(predicted)), targets)
             if not torch.isfinite(loss):
                 raise StreamlineError(
                     f"The loss of batch {number} is {float(loss.detach())}. Expected a finite loss. Check the weights "
@@ -114,7 +118,7 @@ def block_saliency(
                 )
             if loss.requires_grad:
                 loss.backward()
-            bar.update(int(mask.sum()))
+            bar.update(count)
     for k in chosen:
         if reached.isdisjoint(parameters[k]):
             raise StreamlineError(
@@ -162,13 +166,13 @@ def _gradients_of(model: nn.Module, parameters: Iterable[Tensor], receive: Calla
             p.grad = gradient
 
 
-def _predicted_mask(batch: Batch | Tensor) -> Tensor:
-    """Return the mask of predicted tokens, of shape (batch, tokens − 1)."""
-    ids = get_input_ids(batch)
+def _next_tokens(batch: Batch | Tensor) -> Tensor:
+    """Return the token that each position predicts, or `IGNORE_INDEX`, of shape (batch, tokens)."""
+    ids = target_ids(batch)
     fields = {} if isinstance(batch, Tensor) else batch
     mask = fields.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
-    return label_mask(real, fields.get("position_ids"))
+    return shift_labels(ids, real, fields.get("position_ids"))
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:

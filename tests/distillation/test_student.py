@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
-from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery
+from streamline_hooks import HealingConfig, HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery
 from streamline_hooks.cli import parse_healing
-from streamline_hooks.core import prepare_inputs
+from streamline_hooks.core import HardwareConfig, prepare_inputs
 from streamline_hooks.distillation.config import DistillationConfig
 from streamline_hooks.distillation.healing import student_of
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.train import train
 from streamline_hooks.modeling import find_stack
+from streamline_hooks.repair import FoldedConfig, ScaleConfig, WindowReplacement, fit_windows, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.testing import tiny_model
 
@@ -232,3 +234,61 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
     teacher = tiny_model("llama", vocabulary=80)
     with pytest.raises(StreamlineError, match=r"80 tokens.*LlamaForCausalLM.*64"):
         Student(tiny_model("llama"), [(range(2, 4), linear())], teacher=teacher)
+
+
+INSIDE = {"folded": FoldedConfig(), "scale": ScaleConfig()}
+
+
+def trained_inside(kind: str, hardware: HardwareConfig | None = None) -> tuple[Student, WindowReplacement, Any]:
+    """Train a student whose replacement is part of a block, and all other blocks."""
+    model = tiny_model("llama")
+    batches = [torch.arange(3 + k, 51 + k).view(4, 12) for k in range(4)]
+    (repair,) = fit_windows(model, [range(3, 6)], INSIDE[kind], batches[:3], batches[3:])
+    module = repair.replacement_module
+    assert module is not None
+    student = student_of(find_stack(model), [(range(3, 6), module)], HealingConfig("partial", "all"))
+    config = DistillationConfig(validations=1, learning_rate=1e-4)
+    result = train(student, batches[:3], batches[3:], config, hardware=hardware)
+    return student, module, result
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_a_replacement_inside_a_block_is_applied_once(kind: str) -> None:
+    student, module, result = trained_inside(kind)
+    model, batch = student.model, torch.arange(6, 54).view(4, 12)
+    with torch.no_grad():
+        expected = model(batch).logits.log_softmax(-1)
+    student.merge()
+    with pytest.raises(StreamlineError, match=r"apply again.*Call insert_replacement and commit first"):
+        student.copy_weights_to_model()
+    with LayerSurgeon(model) as surgeon:
+        insert_replacement(surgeon, range(3, 6), module)
+        surgeon.commit()
+    student.copy_weights_to_model()
+    with torch.no_grad():
+        found = model(batch).logits.log_softmax(-1)
+    assert float((expected.exp() * (expected - found)).sum(-1).mean()) == pytest.approx(result.distance, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_a_replacement_inside_a_block_is_trained_in_bfloat16(kind: str) -> None:
+    exact, half = (trained_inside(kind, hardware)[2] for hardware in (None, HardwareConfig(autocast="bfloat16")))
+    assert half.distance == pytest.approx(exact.distance, rel=0.05)
+
+
+def test_offloaded_blocks_are_not_healed() -> None:
+    """Their weights are on the meta device, where writing has no effect."""
+    model = tiny_model("llama")
+    cpu_offload(model.model.layers[7], execution_device=torch.device("cpu"))
+    window = [(range(3, 5), linear())]
+    with pytest.raises(StreamlineError, match=r"Block 7 is offloaded, so its trained weights cannot be written back"):
+        student_of(find_stack(model), window, HealingConfig("partial", "last", 1))
+    assert student_of(find_stack(model), window, HealingConfig("partial", "beside", 1)).copies.keys() == {2, 5}
+
+
+def test_adapters_are_not_added_to_offloaded_weights() -> None:
+    student = student_of(find_stack(tiny_model("llama")), [(range(3, 5), linear())], HealingConfig("lora", "last", 1))
+    other = tiny_model("llama")
+    cpu_offload(other.model.layers[7], execution_device=torch.device("cpu"))
+    with pytest.raises(StreamlineError, match=r"of block 7 is offloaded, so nothing can be added to it"):
+        student.add_adapters_to(other)

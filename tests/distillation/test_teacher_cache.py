@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamline_hooks import HiddenStateRecorder
+from streamline_hooks import HiddenStateRecorder, StreamlineError, train
 from streamline_hooks.core import HardwareConfig
 from streamline_hooks.distillation import teacher_cache
 from streamline_hooks.distillation.optimizer import cached_autocast_weights
 from streamline_hooks.distillation.student import Student
-from streamline_hooks.distillation.teacher_cache import cache_for_student
+from streamline_hooks.distillation.teacher_cache import cache_for_student, cache_teacher_states
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.testing import tiny_model
 
@@ -64,3 +64,12 @@ def test_a_teacher_has_no_gradients_and_is_narrowed_too() -> None:
         assert not any(p.requires_grad for p in one.teacher.parameters())
     assert [n for n, p in one.teacher.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
     assert all(p.requires_grad for p in one.model.parameters())
+
+
+def test_states_of_other_batches_are_refused() -> None:
+    one = Student(tiny_model("llama"), [(range(2, 4), LinearReplacement(32))])
+    with cache_teacher_states(one.model, BATCHES, one.start) as states:
+        one.teacher_cache = states
+        assert train(one, BATCHES, BATCHES).steps == len(BATCHES)
+        with pytest.raises(StreamlineError, match="other batches, or of these in another order"):
+            train(one, BATCHES[::-1], BATCHES)

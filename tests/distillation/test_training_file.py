@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from streamline_hooks import DistillationConfig, StreamlineError, train
+from streamline_hooks import DistillationConfig, HealingConfig, StreamlineError, find_stack, train
 from streamline_hooks.core import HardwareConfig
-from streamline_hooks.distillation import LOSSES, Loss, register_loss
+from streamline_hooks.distillation import LOSSES, Loss, register_loss, student_of
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.training_file import read_training_file, training_fingerprint
+from streamline_hooks.repair import FoldedConfig, ScaleConfig, fit_windows
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.testing import tiny_model
 
@@ -106,3 +107,25 @@ def test_what_may_differ_when_a_run_is_resumed_is_not_in_its_fingerprint() -> No
     other = replace(config, max_minutes=3.0, checkpoint_minutes=0.0)
     assert fingerprint_of(other, replace(hardware, state_memory=0)) == wanted
     assert fingerprint_of(replace(config, epochs=2.0), hardware) == wanted
+
+
+@pytest.mark.parametrize("kind", ["folded", "scale"])
+def test_a_run_with_another_replacement_inside_a_block_is_not_resumed(kind: str, tmp_path: Path) -> None:
+    def run(fitted: int, resume: bool) -> None:
+        model = tiny_model("llama")
+        batches = [torch.arange(3 + k, 51 + k).view(4, 12) for k in range(4)]
+        config = FoldedConfig() if kind == "folded" else ScaleConfig()
+        (repair,) = fit_windows(model, [range(3, 6)], config, batches[:fitted], batches[3:])
+        assert repair.replacement_module is not None
+        window = [(range(3, 6), repair.replacement_module)]
+        student = student_of(find_stack(model), window, HealingConfig("lora", "all"))
+        file = tmp_path / "run.training"
+        train(student, batches[:3], batches[3:], SHORT, checkpoint_file=file, resume=resume)
+
+    run(3, resume=False)
+    run(3, resume=True)
+    with pytest.raises(StreamlineError, match="another training run"):
+        run(1, resume=True)
+
+
+SHORT = DistillationConfig(validations=1, checkpoint_minutes=0)

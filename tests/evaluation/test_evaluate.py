@@ -32,6 +32,7 @@ from streamline_hooks.evaluation import (
 )
 from streamline_hooks.evaluation.synthetic_tasks import guessing_accuracy
 from streamline_hooks.modeling import inference
+from streamline_hooks.surgery import PromptSkip
 
 pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
 
@@ -295,6 +296,24 @@ def test_what_is_known_of_full_precision_is_asked_again_under_autocast(
     assert evaluate(changed, tokenizer, asked, original, cache_file=file).report() == full.report()
     assert half.scores.text != full.scores.text
     assert half.agreement != full.agreement
+
+
+def test_what_is_known_of_all_blocks_is_asked_again_of_skipped_prompts(
+    pair: tuple[Any, Any, Any], suite: Suite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, _, tokenizer = pair
+    file, asked = tmp_path / "measured.json", Suite(prompts=suite.prompts, text=suite.text, new_tokens=8, timed=None)
+    full = evaluate(original, tokenizer, asked, cache_file=file).scores
+    assert not caplog.records
+    with PromptSkip(original, range(1, 4), last_tokens=1):
+        skipped = evaluate(original, tokenizer, asked, cache_file=file).scores
+        assert skipped.generated == evaluate(original, tokenizer, asked).scores.generated != full.generated
+    assert "this measurement runs all of them for every token" in caplog.text  # of texts
+    with PromptSkip(original, range(1, 4), last_tokens=4):
+        assert evaluate(original, tokenizer, asked, cache_file=file).scores.generated == (
+            evaluate(original, tokenizer, asked).scores.generated
+        )
+    assert evaluate(original, tokenizer, asked, cache_file=file).scores.generated == full.generated
 
 
 class Halves:

@@ -146,7 +146,7 @@ def test_a_forward_pass_says_nothing_of_a_model_whose_prompts_skip_blocks(
         with pytest.raises(StreamlineError, match="skip blocks.*Use measure='accuracy_drop'"):
             guarantee(*models, [tokens(2, 9)], measure)
     assert agreement(skipping, original, [tokens(2, 9)]).kl < 1e-6
-    assert "skip blocks, but this comparison runs all of them" in caplog.text
+    assert "skip blocks, but this measurement runs all of them" in caplog.text
 
 
 def test_a_text_that_occurs_twice_is_found_among_rows_of_other_lengths(stories: tuple[Any, Any]) -> None:

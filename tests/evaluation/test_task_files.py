@@ -12,6 +12,7 @@ import pytest
 
 from streamline_hooks import StreamlineError
 from streamline_hooks.evaluation import TaskSettings, run_tasks, task_config_from_file, task_config_from_rows
+from streamline_hooks.evaluation.lm_eval_tasks import load_tasks
 from streamline_hooks.evaluation.task_files import ROW_LAYOUTS
 
 pytest.importorskip("lm_eval", reason="the package lm_eval is not installed")
@@ -205,3 +206,18 @@ def test_a_pair_of_files_of_one_name(tmp_path: Path, stories: tuple[Any, Any]) -
         (tmp_path / folder / "mine.jsonl").write_text(json.dumps(ARC))
     with pytest.raises(StreamlineError, match=r"Two tasks are named 'mine'.*Rename"):
         run_tasks(*stories, [str(tmp_path / folder / "mine.jsonl") for folder in ("a", "b")])
+
+
+@pytest.mark.parametrize(
+    "answers", [(True, False), ("true", "false"), ("yes", "no"), (" Yes", "NO "), (1, 0), ("1", "0")], ids=str
+)
+def test_answers_of_yes_and_no_may_be_written_in_words(answers: tuple[Any, Any]) -> None:
+    rows = [{"passage": "Ice is cold.", "question": "is ice cold", "answer": answer} for answer in answers]
+    (task,) = load_tasks([task_config_from_rows(rows, "mine")], TaskSettings())["mine"].tasks.values()
+    assert [int(task.doc_to_target(row)) for row in task.eval_docs] == [1, 0]
+
+
+def test_other_answers_than_yes_and_no_are_refused() -> None:
+    rows = [{"passage": "Ice is cold.", "question": "is ice cold", "answer": "perhaps"}]
+    with pytest.raises(StreamlineError, match=r"mine: row 0 has the answer 'perhaps'.*Expected true or false"):
+        task_config_from_rows(rows, "mine")

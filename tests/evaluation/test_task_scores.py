@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamline_hooks import LayerSurgeon, StreamlineError
-from streamline_hooks.evaluation import TaskScores, agreement, embedding_similarity
+from streamline_hooks.evaluation import TaskScores, agreement, embedding_similarity, score_batches
 from streamline_hooks.modeling import Task
 from tests.other_models import OTHERS, made, pictures
 
@@ -92,3 +92,24 @@ def test_labels_are_one_class_each(labels: torch.Tensor) -> None:
     with pytest.raises(StreamlineError, match=r"Expected.*of 4"):
         TaskScores(model, [batch], Task("image-classification"))
     assert model.config.problem_type is None
+
+
+def test_outputs_without_a_label_do_not_count() -> None:
+    model = made("vit")
+    batches = labeled(model)
+    for batch in batches:
+        batch["labels"][1] = -100
+    assert TaskScores(model, batches, Task.of(model)).original["accuracy"] == pytest.approx(2 / 3)
+    assert score_batches(model, batches).accuracy == pytest.approx(2 / 3)
+    hidden = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
+    assert set(TaskScores(model, hidden, Task.of(model)).original) == {"kl", "top1"}
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_labels_that_are_no_class_are_refused(wrong: int) -> None:
+    model = made("vit")
+    batches = labeled(model)
+    batches[1]["labels"][2] = wrong
+    for run in (lambda: score_batches(model, batches), lambda: TaskScores(model, batches, Task.of(model))):
+        with pytest.raises(StreamlineError, match=f"has the label {wrong}. Expected class indices from 0 to 4"):
+            run()

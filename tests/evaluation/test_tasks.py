@@ -438,3 +438,15 @@ def test_metrics_behind_filters() -> None:
     assert found == {
         "exact_match,strict": (0.25, 0.1), "exact_match,flexible": (0.5, None), "acc": (0.0, 0.0),
     }  # fmt: skip
+
+
+def test_no_question_is_an_example_of_itself(stories: tuple[Any, Any], tasks: Path) -> None:
+    rows = [{"query": f"{k} and", "choices": [str(k + 1), str(2 * k)], "gold": k % 2} for k in range(5)]
+    write_questions(tasks, "sums", rows)
+    for source in (task_config_from_rows(rows, "sums"), str(tasks / "sums.yaml")):
+        (task,) = load_tasks([source], TaskSettings(few_shot=4))["sums"].tasks.values()
+        task.set_fewshot_seed(0)
+        for row in task.eval_docs:
+            context = task.fewshot_context(row, 4)
+            assert context.count(row["query"]) == 1 and context.endswith(row["query"])
+            assert sum(other["query"] in context for other in rows) == 5

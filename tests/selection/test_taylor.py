@@ -146,3 +146,16 @@ def test_nan_is_named() -> None:
     model.model.layers[2].register_full_backward_hook(lambda m, a, o: tuple(g * torch.nan for g in a if g is not None))
     with pytest.raises(StreamlineError, match=r"block 1.*not finite"):
         block_saliency(model, [tokens(1, 5)], [1, 2, 3])
+
+
+def test_tokens_without_a_label_are_not_predicted() -> None:
+    model, ids = tiny_model("llama"), tokens(2, 12)
+    labels = ids.clone()
+    labels[:, :8] = -100
+    expected = []
+    model.eval().zero_grad()
+    model(ids, labels=labels).loss.backward()
+    for k in (2, 3):
+        expected.append(sum(float((p.detach() * p.grad).abs().sum()) for p in find_stack(model)[k].parameters()))
+    found = block_saliency(model, [{"input_ids": ids, "labels": labels}], [2, 3])
+    assert list(found.values()) == pytest.approx(expected, rel=1e-4)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, profile
 from streamline_hooks.core import prepare_inputs, progress_bar
@@ -366,3 +367,21 @@ def test_the_table() -> None:
     assert [line.split()[0] for line in lines[2:]] == ["0", "1", "2", "3", "4"]
     assert str(profile(tiny_model("llama"), [tokens(3, 5)], tokens="last")).count("\n") == 7
     assert str(Profile(4)) == "a model, its stack: 3 of 3 blocks, 0 tokens of 0 sequences"
+
+
+def test_padded_labels_of_an_encoder_decoder_are_no_tokens() -> None:
+    """A batch for training has labels, and no ids or mask of the decoder."""
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0)
+    )
+    labels = tokens(4, 12)
+    for row, end in enumerate((3, 12, 5, 7)):
+        labels[row, end:] = -100
+    batch = {"input_ids": tokens(4, 9), "labels": labels}
+    mask = (labels != -100).long()
+    found, expected = (
+        profile(model, [given], stack="decoder.block") for given in (batch, batch | {"decoder_attention_mask": mask})
+    )
+    assert found.tokens == 27
+    assert_equal(found, expected)
+    assert profile(model, [batch | {"labels": labels.clamp(min=1)}], stack="decoder.block").tokens == 48
