@@ -318,6 +318,7 @@ def test_speed_is_measured_in_the_layout_for_inference(original: Path) -> None:
     )
     measure_speed({"it": model}, tokens=4, new_tokens=2, repeats=1, warm_up=0)
     assert set(changed) == {layer.support_avx512bf16_for_cpu}
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 @pytest.mark.parametrize("change", [lambda model: model, changed_for_inference], ids=["saved", "inference"])

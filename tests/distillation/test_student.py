@@ -239,14 +239,18 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
 INSIDE = {"folded": FoldedConfig(), "scale": ScaleConfig()}
 
 
-def trained_inside(kind: str, hardware: HardwareConfig | None = None) -> tuple[Student, WindowReplacement, Any]:
-    """Train a student whose replacement is part of a block, and all other blocks."""
+def trained_inside(
+    kind: str, where: str = "all", hardware: HardwareConfig | None = None
+) -> tuple[Student, WindowReplacement, Any]:
+    """Train a student whose replacement is part of a block, and other blocks."""
     model = tiny_model("llama")
     batches = [torch.arange(3 + k, 51 + k).view(4, 12) for k in range(4)]
     (repair,) = fit_windows(model, [range(3, 6)], INSIDE[kind], batches[:3], batches[3:])
     module = repair.replacement_module
     assert module is not None
-    student = student_of(find_stack(model), [(range(3, 6), module)], HealingConfig("partial", "all"))
+    student = student_of(
+        find_stack(model), [(range(3, 6), module)], HealingConfig("partial", where, int(where == "last"))
+    )
     config = DistillationConfig(validations=1, learning_rate=1e-4)
     result = train(student, batches[:3], batches[3:], config, hardware=hardware)
     return student, module, result
@@ -270,9 +274,10 @@ def test_a_replacement_inside_a_block_is_applied_once(kind: str) -> None:
     assert float((expected.exp() * (expected - found)).sum(-1).mean()) == pytest.approx(result.distance, rel=1e-3)
 
 
+@pytest.mark.parametrize("where", ["all", "last"])  # the block with the replacement is trained or frozen
 @pytest.mark.parametrize("kind", INSIDE)
-def test_a_replacement_inside_a_block_is_trained_in_bfloat16(kind: str) -> None:
-    exact, half = (trained_inside(kind, hardware)[2] for hardware in (None, HardwareConfig(autocast="bfloat16")))
+def test_a_replacement_inside_a_block_is_trained_in_bfloat16(kind: str, where: str) -> None:
+    exact, half = (trained_inside(kind, where, hardware)[2] for hardware in (None, HardwareConfig(autocast="bfloat16")))
     assert half.distance == pytest.approx(exact.distance, rel=0.05)
 
 
