@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from streamline_hooks.checkpoint.card import CARD, model_card
 from streamline_hooks.checkpoint.safety import CONFIG, write_checksums
 from streamline_hooks.checkpoint.save import atomic_checkpoint, check_not_source
-from streamline_hooks.core import StreamlineError, describe_blocks, read_json, validate_arguments
+from streamline_hooks.core import (
+    StreamlineError,
+    describe_blocks,
+    has_unmapped_offload,
+    load_offloaded_weights,
+    read_json,
+    validate_arguments,
+)
 from streamline_hooks.modeling import find_stack, restore_4_bit_layout
 from streamline_hooks.replacements import build_replacement, replacement_config
 from streamline_hooks.surgery import (
@@ -119,6 +126,8 @@ def save_elastic(
     check_not_source(model, target)
     with atomic_checkpoint(target, overwrite) as new_folder:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        if has_unmapped_offload(model):
+            options["state_dict"] = load_offloaded_weights(model)
         model.save_pretrained(new_folder, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(new_folder)

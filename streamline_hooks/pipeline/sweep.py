@@ -9,7 +9,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from streamline_hooks.pipeline.compress import compress
 from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig, RunOptions
 from streamline_hooks.pipeline.prepare import CompressionData, are_batches, parts_of
 from streamline_hooks.repair import ReplacementConfig
-from streamline_hooks.selection import Combination, Target
+from streamline_hooks.selection import Combination, Criterion, Target
 from streamline_hooks.statistics import Profile
 
 if TYPE_CHECKING:
@@ -417,9 +417,15 @@ def _device_names(model: nn.Module) -> list[str]:
 
 def _criterion_digests(config: CompressionConfig) -> list[str]:
     """Return digests of the data inside the config's criteria, which are not part of their names."""
-    criterion = config.search.resolved_criterion
-    parts = [part for part, _ in criterion.parts] if isinstance(criterion, Combination) else [criterion]
-    return [part.made_of() for part in parts if part.made_of is not None]
+
+    def digests(criterion: Criterion) -> Iterator[str]:
+        if isinstance(criterion, Combination):
+            for part, _ in criterion.parts:
+                yield from digests(part)
+        elif criterion.made_of is not None:
+            yield criterion.made_of()
+
+    return list(digests(config.search.resolved_criterion))
 
 
 def _dominates(point: tuple[float, float], rival: tuple[float, float]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
@@ -113,6 +114,15 @@ def test_a_depth_can_be_saved_as_a_model_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(shallow(**batch).logits, again(**batch).logits)
     with pytest.raises(StreamlineError, match="one depth"):
         depths_of(shallow)
+
+
+def test_offloaded_weights_are_saved(tmp_path: Path) -> None:
+    model, batch = elastic(), left_padded(2, 7)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(load(save_elastic(model, tmp_path / "m"))(**batch).logits, expected)
 
 
 def test_another_dtype_is_that_of_the_replacements_too(tmp_path: Path) -> None:

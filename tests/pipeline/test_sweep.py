@@ -24,7 +24,7 @@ from streamline_hooks.modeling import Task
 from streamline_hooks.pipeline import SpeedConfig
 from streamline_hooks.pipeline.sweep import Sweep, SweepPoint
 from streamline_hooks.repair import NoneConfig
-from streamline_hooks.selection import CRITERIA, accuracy_drop
+from streamline_hooks.selection import CRITERIA, accuracy_drop, combine_criteria
 from tests.configured import configured
 from tests.evaluation.number_tasks import Numbers, number_tokenizer
 from tests.logs import logged
@@ -201,7 +201,11 @@ def test_what_was_set_otherwise_is_made_anew(
     assert [made(one), made(other), made(copy.copy(one)), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
 
 
-@pytest.mark.parametrize("criterion", ["mine", {"cosine": 1.0, "mine": 1.0}], ids=["alone", "combined"])
+@pytest.mark.parametrize(
+    "criterion",
+    ["mine", {"cosine": 1.0, "mine": 1.0}, {"angular": 1.0, "both": 1.0}],
+    ids=["alone", "combined", "nested"],
+)
 @pytest.mark.parametrize(
     "other",
     [(ROWS[1:], None, "1"), (ROWS, TaskSettings(add_bos=True), "1"), (ROWS, None, "3")],
@@ -218,6 +222,7 @@ def test_a_criterion_is_known_by_the_data_that_it_holds(
         rows, settings, bos = data
         one = accuracy_drop(task_config_from_rows(rows, "mine"), number_tokenizer(bos), settings)
         monkeypatch.setitem(CRITERIA, "mine", replace(one, name="mine"))
+        monkeypatch.setitem(CRITERIA, "both", replace(combine_criteria({"mine": 1.0, "cosine": 1.0}), name="both"))
         config = configured(criterion=criterion)
         return (
             sweep(MODEL, random_split(), config, tokenizer=Numbers(), cache_file=tmp_path / "x", **ONE_POINT)
