@@ -223,9 +223,10 @@ def isolated_inference(model: nn.Module) -> Iterator[None]:
     wrapped = None if original is None else vars(model).get("forward")
     stashed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     device = device_of(model).type
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)
     with (
         exclusive_global_state(),
-        nullcontext() if device == "meta" else torch.autocast(device, enabled=False),
+        torch.autocast(device, enabled=False) if is_autocast else nullcontext(),
         evaluation_mode(model),
         keeping_4_bit_layout(model),
         preserve_forward_state(model),
