@@ -68,7 +68,7 @@ class Student:
     ------
     StreamlineError
         If there is nothing to train, windows touch each other, a trained module shares weights with the original or
-        another trained module, or the teacher has another vocabulary.
+        another trained module, a block to train is offloaded, or the teacher has another vocabulary.
 
     Examples
     --------
@@ -222,8 +222,8 @@ class Student:
         Raises
         ------
         StreamlineError
-            If its weights are quantized or do not have the shapes of the adapters, a copy of a block has no adapters, a
-            replacement is part of a block (folded, scale), or modules outside the blocks are trained.
+            If its weights are quantized, offloaded or do not have the shapes of the adapters, a copy of a block has no
+            adapters, a replacement is part of a block (folded, scale), or modules outside the blocks are trained.
         """
         inside = [m for _, m in self.replacement_modules if isinstance(m, (FoldedMap, ScaleFactor))]
         if inside:
