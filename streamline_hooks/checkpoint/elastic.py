@@ -20,6 +20,7 @@ from streamline_hooks.core import (
     has_unmapped_offload,
     load_offloaded_weights,
     read_json,
+    refuse_adapters,
     validate_arguments,
 )
 from streamline_hooks.modeling import find_stack, restore_4_bit_layout
@@ -99,6 +100,7 @@ def save_elastic(
     """
     cuts, target = depth_cuts_of(model), Path(folder).resolve()
     refuse_open_surgery(find_stack(model, cuts.stack), "save_elastic")
+    refuse_adapters(model, "saved")
     if base_class(type(model)) is not type(model):
         raise StreamlineError(
             f"{type(model).__name__} has spliced modules, so that its folder cannot be loaded without this library. "

@@ -24,9 +24,12 @@ from streamline_hooks.core import (
     has_unmapped_offload,
     load_offloaded_weights,
     read_json,
+    refuse_adapters,
     validate_arguments,
+    warn_caller,
 )
 from streamline_hooks.modeling import restore_4_bit_layout, saves_itself, sentence_folder_of
+from streamline_hooks.surgery import is_elastic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,10 +97,10 @@ def save(
     Raises
     ------
     StreamlineError
-        If the folder may not be replaced or cannot be written, a surgeon is still open on the model, or the
-        sentence-transformers folder of the original is damaged. For a model outside Transformers, also if no surgery
-        was committed to it, its blocks were changed afterwards, or safetensors cannot store its state (extra state,
-        quantized or overlapping weights).
+        If the folder may not be replaced or cannot be written, a surgeon is still open on the model, it has PEFT
+        adapters, or the sentence-transformers folder of the original is damaged. For a model outside Transformers, also
+        if no surgery was committed to it, its blocks were changed afterwards, or safetensors cannot store its state
+        (extra state, quantized or overlapping weights).
 
     Examples
     --------
@@ -118,8 +121,10 @@ def save(
             f"max_shard_size={max_shard_size!r} is for Transformers models, but the weights of a "
             f"{type(model).__name__} are written to one file. Omit it."
         )
+    refuse_adapters(model, "saved")
     restore_4_bit_layout(model)
     check_not_source(model, target)
+    warn_of_depths(model)
     sentence_folder = sentence_folder_of(model)
     with atomic_checkpoint(target, overwrite) as new_folder:
         if writer is not None:
@@ -139,6 +144,15 @@ def save(
         (new_folder / CARD).write_text(model_card(config, report, base_model), encoding="utf-8")
         write_checksums(new_folder)
     return target
+
+
+def warn_of_depths(model: nn.Module) -> None:
+    """Warn if a model has several depths, of which a checkpoint with one depth contains the largest only."""
+    if is_elastic(model):
+        warn_caller(
+            f"The other depths of this {type(model).__name__} are not saved, and their replacements are lost with the "
+            "model in memory. Use save_elastic to save all depths."
+        )
 
 
 @contextmanager

@@ -94,6 +94,7 @@ from .validation import (
     validate_fields,
 )
 from .wrapped_models import (
+    forget_compiled_graphs,
     is_sharded,
     refuse_adapters,
     refuse_compiled,
@@ -145,6 +146,7 @@ __all__ = [
     "execution_device",
     "field_hints",
     "float64_device",
+    "forget_compiled_graphs",
     "gather_unless_interrupted",
     "get_input_ids",
     "get_logger",

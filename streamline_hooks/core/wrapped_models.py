@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import nn
 
 from streamline_hooks.core.errors import StreamlineError, UnsupportedSurgery
@@ -60,6 +61,17 @@ def refuse_compiled(model: nn.Module, action: str) -> None:
             )
 
 
+def forget_compiled_graphs() -> None:
+    """Discard all that ``torch.compile`` has compiled in this process.
+
+    By default a compiled function does not notice hooks that are added to modules, such as splices, but does notice
+    that hooks are removed. This also concerns functions that call a model, and the compilation that ``generate`` starts
+    with a static cache.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def refuse_replicated(model: nn.Module, action: str) -> None:
     """Raise if a model runs as copies on several GPUs (``nn.DataParallel``), where hooks record nothing."""
     for module in model.modules():
@@ -96,11 +108,12 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
         )
 
 
-def refuse_adapters(model: nn.Module) -> None:
+def refuse_adapters(model: nn.Module, action: str) -> None:
     """Raise if a model has PEFT adapters, whose checkpoints depend on the blocks' indices."""
     for module in model.modules():
         if any(c.__module__.partition(".")[0] == "peft" for c in type(module).__mro__):
             raise UnsupportedSurgery(
-                f"{type(model).__name__} cannot be committed: it has PEFT adapters ({type(module).__name__}). Merge "
-                "them first (merge_and_unload), or commit the model before get_peft_model."
+                f"{type(model).__name__} cannot be {action}: it has PEFT adapters ({type(module).__name__}). "
+                "Expected a model without. Merge them first (merge_and_unload), or commit and save the model before "
+                "get_peft_model."
             )

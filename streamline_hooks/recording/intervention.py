@@ -20,6 +20,7 @@ from streamline_hooks.core import (
     StreamlineError,
     UnsupportedSurgery,
     block_indices,
+    forget_compiled_graphs,
     padding_mask_of_call,
     padding_mask_with_cache,
     refuse_compiled,
@@ -162,6 +163,7 @@ class Intervention:
             for k, sites in contributions.items():
                 for handle in ContributionCheck(k, self.stack[k], sites).hooks() if sites is not None else ():
                     self._handles.append(handle)
+            forget_compiled_graphs()
         except BaseException:
             self._remove_hooks()
             raise

@@ -12,6 +12,7 @@ from streamline_hooks.surgery.depths import (
     attach_depths,
     depth_cuts_of,
     depths_of,
+    is_elastic,
     set_depths,
 )
 from streamline_hooks.surgery.edits import COPIED_FROM, RECORD, Edits, OriginalBlock
@@ -126,6 +127,7 @@ __all__ = [
     "find_zeros",
     "foldable",
     "has_large_logits",
+    "is_elastic",
     "is_splice_parameter",
     "lm_head_of",
     "match_block",

@@ -56,7 +56,7 @@ def prepare_commit(
     are those of the model and of its configuration. `prompt_skip` describes the blocks that prompts skip.
     """
     model: Any = stack.ancestors[depth]
-    refuse_adapters(model)
+    refuse_adapters(model, "committed")
     path = ".".join(stack.path.split(".")[depth:])
     if stack.config is None:
         raise UnsupportedSurgery(

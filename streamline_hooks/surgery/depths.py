@@ -135,6 +135,11 @@ def attach_depths(model: nn.Module, cuts: DepthCuts) -> None:
         model.register_forward_hook(_mark_cache)
 
 
+def is_elastic(model: nn.Module) -> bool:
+    """Whether a model has several depths, see `fit_depths`."""
+    return _CUTS in vars(model)
+
+
 def depth_cuts_of(model: nn.Module) -> DepthCuts:
     """Return the cuts of a model; raise StreamlineError if it has none."""
     cuts: DepthCuts | None = vars(model).get(_CUTS)
@@ -247,7 +252,7 @@ def _cache_of(values: Any) -> Any:
 
 def _check_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise if the cache of a call was filled at another depth, as a forward pre-hook."""
-    if torch.compiler.is_compiling() or _CUTS not in vars(model):
+    if torch.compiler.is_compiling() or not is_elastic(model):
         return
     cache = _cache_of(kwargs)
     if cache is None:
@@ -264,7 +269,7 @@ def _check_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _mark_cache(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Mark a cache that the model created with the depth, as a forward hook."""
-    if torch.compiler.is_compiling() or _CUTS not in vars(model):
+    if torch.compiler.is_compiling() or not is_elastic(model):
         return
     cache = _cache_of(output)
     if cache is not None:

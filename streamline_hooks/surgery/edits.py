@@ -9,7 +9,13 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
-from streamline_hooks.core import ComputedWeights, StreamlineError, offload_hooks, renumber_device_map
+from streamline_hooks.core import (
+    ComputedWeights,
+    StreamlineError,
+    forget_compiled_graphs,
+    offload_hooks,
+    renumber_device_map,
+)
 from streamline_hooks.modeling import BlockStack, copy_capture_hooks, next_hook_id, remove_capture_hooks
 from streamline_hooks.surgery.config_copies import ConfigCopies
 from streamline_hooks.surgery.layer_indices import (
@@ -192,6 +198,7 @@ class Edits:
             self._own_configs(module)
         self._undoing.append(snapshot_splices(block, position))
         set_splices(block, position, modules)
+        forget_compiled_graphs()
 
     def _own_configs(self, module: nn.Module) -> None:
         """Replace each configuration of a new module that another model may share by a copy."""

@@ -70,7 +70,7 @@ def find_hazards(stack: BlockStack, window: range) -> list[Hazard]:
 
 def find_dependency_hazards(stack: BlockStack, window: range) -> list[Hazard]:
     """Return hazards from other blocks that depend on the blocks of a window, independent of the numbering."""
-    causes = (_shared_blocks, _shared_keys, _position_bias, _per_layer_embeddings, _derived_settings)
+    causes = (_shared_blocks, _shared_keys, _shared_choices, _position_bias, _per_layer_embeddings, _derived_settings)
     return [hazard for cause in causes for hazard in cause(stack, window)]
 
 
@@ -122,6 +122,20 @@ def _shared_keys(stack: BlockStack, window: range) -> Iterator[Hazard]:
         if producers and readers and producers[-1] in window:
             span = f"{readers[0]} to {readers[-1]} share" if len(readers) > 1 else f"{readers[0]} reads"
             yield Hazard("shared-keys", f"block {producers[-1]} produces the keys that {span}")
+
+
+def _shared_choices(stack: BlockStack, window: range) -> Iterator[Hazard]:
+    """Find a block that chooses the tokens to which the next blocks attend (sparse attention of GLM and Hy4)."""
+    kinds = getattr(stack.config, "indexer_types", None) or ()
+    if len(kinds) != len(stack):
+        return
+    for k in window:
+        later = range(k + 1, len(stack))
+        last = next((n for n in later if kinds[n] != "shared"), len(stack))
+        readers = [n for n in range(k + 1, last) if n not in window]
+        if kinds[k] != "shared" and readers:
+            span = f"s {readers[0]} to {readers[-1]} attend" if len(readers) > 1 else f" {readers[0]} attends"
+            yield Hazard("shared-choices", f"block {k} chooses the tokens to which block{span}")
 
 
 def _position_bias(stack: BlockStack, window: range) -> Iterator[Hazard]:

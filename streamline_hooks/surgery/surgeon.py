@@ -435,13 +435,14 @@ class LayerSurgeon:
         Returns
         -------
         list of Hazard
-            Hazards that the structure of the model shows: ``"tied-blocks"``, ``"shared-keys"``, ``"position-bias"``,
-            ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-index"``, ``"features-by-index"``,
-            ``"quantized-by-index"``, ``"decoder-cache"``. If there are none and the outputs of the shorter model
-            differ from those of the bypassed one, the reason: ``"computes-with-index"``, ``"looped-blocks"``,
-            ``"split-blocks"``, ``"extra-state"``, ``"attributes-read-outside"``, ``"absolute-indices"``, ``"cache"``,
-            ``"cannot-run"``, or ``"probe"`` if the reason is unknown. If the outputs are equal but a checkpoint of the
-            shorter model would be loaded as another model: ``"built-from-index"`` or ``"configuration"``.
+            Hazards that the structure of the model shows: ``"tied-blocks"``, ``"shared-keys"``, ``"shared-choices"``,
+            ``"position-bias"``, ``"per-layer-embeddings"``, ``"derived-settings"``, ``"scale-by-index"``,
+            ``"features-by-index"``, ``"quantized-by-index"``, ``"decoder-cache"``. If there are none and the outputs of
+            the shorter model differ from those of the bypassed one, the reason: ``"computes-with-index"``,
+            ``"looped-blocks"``, ``"split-blocks"``, ``"extra-state"``, ``"attributes-read-outside"``,
+            ``"absolute-indices"``, ``"cache"``, ``"cannot-run"``, or ``"probe"`` if the reason is unknown. If the
+            outputs are equal but a checkpoint of the shorter model would be loaded as another model:
+            ``"built-from-index"`` or ``"configuration"``.
         """
         session = self._open()
         chosen = checked_window(window, len(session.stack))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from streamline_hooks import LayerSurgeon, StreamlineError, load, save
-from streamline_hooks.checkpoint import save_elastic
+from streamline_hooks.checkpoint import export_plain, save_elastic
 from streamline_hooks.replacements import LinearReplacement, SwiGLUReplacement
 from streamline_hooks.surgery import DepthCut, at_depth, depths_of, set_depths
 from tests.processes import in_a_new_process
@@ -219,3 +220,16 @@ def test_the_card_lists_the_depths(tmp_path: Path) -> None:
     card = (save_elastic(elastic(), tmp_path / "m") / "README.md").read_text()
     assert "| 4 of 6 | 3 to 4 | LinearReplacement |" in card
     assert "| 2 of 6 | 0, 2 to 4 | nothing, SwiGLUReplacement |" in card
+
+
+@pytest.mark.parametrize("write", [save, export_plain])
+def test_saving_one_depth_warns_that_the_others_are_lost(
+    write: Callable[[Any, Path], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = elastic()
+    with pytest.warns(UserWarning, match=r"other depths.*not saved.*save_elastic") as warned:
+        write(model, tmp_path / "one")
+    assert [str(warning.filename) for warning in warned if "depths" in str(warning.message)] == [__file__]
+    save_elastic(model, tmp_path / "all")
+    assert not [warning for warning in recwarn if "depths" in str(warning.message)]
+    assert depths_of(load(tmp_path / "all")) == depths_of(model)

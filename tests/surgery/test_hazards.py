@@ -11,6 +11,7 @@ import transformers
 from transformers import T5Config, T5ForConditionalGeneration
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks.surgery import bypassing
 from streamline_hooks.surgery.verify import trace_forward
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny_of_type
@@ -42,6 +43,27 @@ def test_the_producer_of_keys_that_one_block_reads_stays() -> None:
         assert hazard.cause == "shared-keys" and f"block {producer} produces the keys that 7 reads" in hazard.text
         assert surgeon.check([7]) == []
         assert {hazard, *surgeon.check([producer])} == {hazard}, "the same one, which is in a set once"
+
+
+@pytest.mark.skipif("glm_moe_dsa" not in causal_model_types(), reason="this Transformers has no GLM with DSA")
+def test_a_block_that_chooses_the_tokens_for_the_next_blocks_stays() -> None:
+    """Inputs with at most index_topk tokens, such as those of a probe, do not show the difference."""
+    kinds = ["full", "shared", "shared", "shared", "full", "shared", "full", "full"]
+    model = tiny_of_type("glm_moe_dsa", blocks=8, index_topk=4, indexer_types=kinds)
+    with LayerSurgeon(model) as surgeon:
+        choosing = [k for k in range(8) if "shared-choices" in [h.cause for h in surgeon.check([k])]]
+        assert choosing == [0, 4]
+        with pytest.raises(UnsupportedSurgery, match="block 0 chooses the tokens to which blocks 1 to 3 attend"):
+            surgeon.remove([0])
+        (hazard,) = surgeon.check(range(3, 5))
+        assert hazard.text == "block 4 chooses the tokens to which block 5 attends"
+        assert surgeon.check(range(4, 6)) == surgeon.check([2]) == []
+        ids = torch.randint(3, 60, (1, 24), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            with bypassing(model, range(4, 6)):
+                expected = model(ids).logits
+            surgeon.remove(range(4, 6))
+            torch.testing.assert_close(model(ids).logits, expected)
 
 
 def _keeping(model: torch.nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from streamline_hooks import (
     load,
     save,
 )
+from streamline_hooks.recording import Intervention, Scale
 from streamline_hooks.repair import BlockConfig, fit_windows, insert_replacement
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.surgery import resume
@@ -249,6 +250,66 @@ def test_a_copied_model_generates_with_its_own_blocks() -> None:
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids).logits, changed(ids).logits)
         assert not torch.allclose(compiled(ids).logits, model(ids).logits, atol=1e-3)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def randomized_map(seed: int) -> LinearReplacement:
+    module = LinearReplacement(32)
+    nn.init.normal_(module.projection.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    return module
+
+
+def test_a_function_compiled_before_a_repair_runs_the_repair(fresh_compiler: None) -> None:
+    """TorchDynamo does not notice hooks, so the graph of the model with as many blocks would be run again."""
+    model: Any = tiny_model("llama").eval()
+    ids = tokens(1, 9)
+    compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend="eager")
+
+    def compare() -> Tensor:
+        logits: Tensor = compiled(ids)
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits)
+        return logits
+
+    with torch.no_grad():
+        full = compare()
+        with LayerSurgeon(model) as surgeon:
+            surgeon.remove([2, 3])
+            removed = compare()
+        with LayerSurgeon(model) as surgeon:
+            surgeon.replace([2, 3], randomized_map(0))
+            assert not torch.allclose(compare(), removed, atol=0.1)
+        with LayerSurgeon(model) as surgeon:
+            surgeon.insert(4, randomized_map(1))
+            assert not torch.allclose(compare(), full, atol=0.1)
+        torch.testing.assert_close(compare(), full)
+        with LayerSurgeon(model) as surgeon:
+            surgeon.insert(4, randomized_map(1))
+            surgeon.commit()
+        committed = compare()
+        assert not torch.allclose(committed, full, atol=0.1)
+        with LayerSurgeon(model) as surgeon:
+            surgeon.insert(4, randomized_map(2))
+            assert not torch.allclose(compare(), committed, atol=0.1)
+        torch.testing.assert_close(compare(), committed)
+
+
+def test_a_function_compiled_before_an_intervention_runs_the_edits(fresh_compiler: None) -> None:
+    model: Any = tiny_model("llama").eval()
+    ids = tokens(1, 9)
+    compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend="eager")
+    with torch.no_grad():
+        before = compiled(ids)
+        with Intervention(model, {("block.output", 2): Scale(0.3)}):
+            expected = model(ids, use_cache=False).logits
+            torch.testing.assert_close(compiled(ids), expected)
+        torch.testing.assert_close(compiled(ids), before)
+    assert not torch.allclose(expected, before, atol=0.1)
 
 
 def test_a_copied_block_keeps_the_settings_of_its_original_after_another_surgery() -> None:

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.core import StreamlineError
+from streamline_hooks.core import StreamlineError, get_logger
 
 if TYPE_CHECKING:
     import gguf
     from transformers import PreTrainedModel
 
+logger = get_logger(__name__)
 Weights = Iterator[tuple[str, Tensor]]
 _GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # llama.cpp computes that with tanh; at most 5e-4 apart
 _ROPE_TYPES = ("default", "linear", "llama3")
+_READS_WINDOWS = 11063  # the earliest build that was verified; 10809 does not read a list
 _WINDOW_BY_LAYER_TYPE = ("qwen2", "qwen3", "smollm3")  # others without a window in llama.cpp ignore layer_types
 
 
@@ -40,8 +42,9 @@ class GGUFArchitecture:
         Whether the rows of queries and keys are reordered from halves to pairs.
     norm_offset : float
         Constant that llama.cpp expects to be added to the weights of norms.
-    has_sliding_windows : bool
-        Whether llama.cpp reads from the file which blocks attend to a sliding window.
+    window_period : int, optional
+        Period of the blocks in llama.cpp of which all but the last attend to a sliding window, unless the file says
+        for each block whether it does; None if llama.cpp does not read that.
     always_has_head : bool
         Whether llama.cpp requires the weight of the LM head even if it is that of the embedding.
     has_partial_rotary : bool
@@ -60,7 +63,7 @@ class GGUFArchitecture:
     rope: str | None = "halves"
     reorders_heads: bool = False
     norm_offset: float = 0.0
-    has_sliding_windows: bool = False
+    window_period: int | None = None
     always_has_head: bool = False
     has_partial_rotary: bool = False
     has_free_heads: bool = False
@@ -74,7 +77,7 @@ def check_config(architecture: GGUFArchitecture, config: Any) -> None:
     for name, accepted in ({"is_causal": (True, None)} | dict(architecture.values)).items():
         if (value := getattr(config, name, accepted[0])) not in accepted:
             raise _unsupported(f"{name}={value!r}", " or ".join(map(repr, accepted)))
-    if not architecture.has_sliding_windows and (window := _sliding_window(config)) is not None:
+    if architecture.window_period is None and (window := _sliding_window(config)) is not None:
         raise _unsupported(
             f"A sliding window of {window} tokens",
             f"none, because llama.cpp lets every block of {architecture.name} attend to all tokens",
@@ -109,10 +112,19 @@ def write_settings(writer: gguf.GGUFWriter, architecture: GGUFArchitecture, conf
         writer.add_layer_norm_eps(next((value for name in names if (value := getattr(config, name, None))), 1e-5))
     if architecture.rope is not None:
         _write_rope(writer, rope_parameters(config), rotary_size(config))
-    if architecture.has_sliding_windows:
+    if architecture.window_period is not None:
         writer.add_sliding_window(config.sliding_window or config.max_position_embeddings)
-        # For each block, since removed blocks break the period that llama.cpp assumes otherwise.
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        has_window = [kind == "sliding_attention" for kind in config.layer_types]
+        period = architecture.window_period
+        if has_window == [k % period < period - 1 for k in range(len(has_window))]:
+            writer.add_sliding_window_pattern(period)
+        else:
+            writer.add_sliding_window_pattern(has_window)
+            logger.warning(
+                f"llama.cpp before build {_READS_WINDOWS} (September 2026) computes other logits from this file: it "
+                f"ignores which blocks attend to a sliding window, and lets {period - 1} of {period} do so. Run it "
+                "with a newer build."
+            )
         if (local := (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")) is not None:
             writer.add_rope_freq_base_swa(local["rope_theta"])
     if (experts := expert_count(config)) is not None:
@@ -349,7 +361,7 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
     "olmo": replace(_LLAMA, name="olmo", has_free_heads=False, values=_SILU | _NO_BIAS, settings=_clamp),
     "olmo2": GGUFArchitecture("olmo2", always_has_head=True, values=_SILU | _NO_BIAS),
     "olmo3": GGUFArchitecture(
-        "olmo2", always_has_head=True, has_sliding_windows=True, values=_SILU | _NO_BIAS, check=_check_olmo3
+        "olmo2", always_has_head=True, window_period=4, values=_SILU | _NO_BIAS, check=_check_olmo3
     ),
     "qwen2": GGUFArchitecture("qwen2", values=_SILU),
     "qwen3": GGUFArchitecture("qwen3", has_free_heads=True, values=_SILU | _NO_BIAS),
@@ -370,7 +382,7 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
     "gemma2": GGUFArchitecture(
         "gemma2",
         norm_offset=1.0,
-        has_sliding_windows=True,
+        window_period=2,
         has_free_heads=True,
         values=_NO_BIAS | _CAUSAL | {"hidden_activation": _GELU, "tie_word_embeddings": (True,)},
         settings=_softcaps,
@@ -379,14 +391,14 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
     "gemma3_text": GGUFArchitecture(
         "gemma3",
         norm_offset=1.0,
-        has_sliding_windows=True,
+        window_period=6,
         has_free_heads=True,
         values=_NO_BIAS | _CAUSAL | {"hidden_activation": _GELU, "attn_logit_softcapping": (None,)},
         settings=_final_softcap,
         check=_check_gemma(62),
     ),
     "cohere": _COHERE,
-    "cohere2": replace(_COHERE, name="cohere2", has_sliding_windows=True, check=None),
+    "cohere2": replace(_COHERE, name="cohere2", window_period=4, check=None),
     "phi3": GGUFArchitecture("phi3", has_partial_rotary=True, values=_SILU),
     "phi": GGUFArchitecture(
         "phi2",

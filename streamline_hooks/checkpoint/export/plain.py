@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamline_hooks.checkpoint.save import atomic_checkpoint
-from streamline_hooks.core import StreamlineError
+from streamline_hooks.checkpoint.save import atomic_checkpoint, check_not_source, warn_of_depths
+from streamline_hooks.core import StreamlineError, refuse_adapters
 from streamline_hooks.modeling import find_stacks, restore_4_bit_layout, sentence_folder_of
 from streamline_hooks.surgery import AFTER, BEFORE, find_prompt_skip, spliced
 
@@ -77,7 +77,8 @@ def export_plain(
     Raises
     ------
     StreamlineError
-        If the model has splices, or the folder may not be replaced.
+        If the model has splices or PEFT adapters, or the folder may not be replaced or has weights of the model that
+        are not in memory.
 
     Examples
     --------
@@ -98,9 +99,13 @@ def write_plain(
     adapt: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a plain checkpoint, and call `adapt` with its folder before the folder gets its name."""
+    target = Path(folder).resolve()
+    refuse_adapters(model, "exported")
     check_no_splices(model)
     restore_4_bit_layout(model)
-    target, sentence_folder = Path(folder).resolve(), sentence_folder_of(model)
+    check_not_source(model, target)
+    warn_of_depths(model)
+    sentence_folder = sentence_folder_of(model)
     record: Any = vars(model.config).pop("streamline_hooks", None)
     try:
         with atomic_checkpoint(target, overwrite) as new_folder:

@@ -119,17 +119,34 @@ def test_transformers_reads_the_same_model(model_type: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("window", [4, 4096])
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "cohere2", "olmo3"])
-def test_sliding_windows_are_written_for_each_remaining_block(model_type: str, window: int, tmp_path: Path) -> None:
+def test_sliding_windows_are_written_for_each_remaining_block(
+    model_type: str, window: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Also for windows longer than the context: Cohere 2 has rotary embeddings in blocks with a window only."""
+    caplog.set_level("WARNING", logger="streamline_hooks")
     model = original(model_type, sliding_window=window)
     kinds = list(model.config.layer_types)
-    removed = kinds.index("full_attention") if "full_attention" in kinds else 0
-    model = cut(model, removed)
+    model = cut(model, 0)
     export_gguf(model, tmp_path / "model.gguf")
     fields, name = fields_of(tmp_path / "model.gguf"), NAMES[model_type]
-    del kinds[removed]
-    assert fields[f"{name}.attention.sliding_window_pattern"] == [kind == "sliding_attention" for kind in kinds]
+    assert fields[f"{name}.attention.sliding_window_pattern"] == [kind == "sliding_attention" for kind in kinds[1:]]
     assert fields[f"{name}.attention.sliding_window"] == window
+    assert "before build 11063" in caplog.text
+
+
+@pytest.mark.parametrize(("model_type", "period"), [("gemma2", 2), ("gemma3_text", 6), ("cohere2", 4), ("olmo3", 4)])
+def test_the_period_of_sliding_windows_is_written_if_it_holds(
+    model_type: str, period: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Builds of llama.cpp that ignore a list read a number."""
+    caplog.set_level("WARNING", logger="streamline_hooks")
+    model = original(model_type, sliding_window=4)
+    export_gguf(model, tmp_path / "model.gguf")
+    assert fields_of(tmp_path / "model.gguf")[f"{NAMES[model_type]}.attention.sliding_window_pattern"] == period
+    assert caplog.text == ""
+    last = len(model.config.layer_types) - 1
+    export_gguf(cut(model, last), tmp_path / "shorter.gguf")
+    assert fields_of(tmp_path / "shorter.gguf")[f"{NAMES[model_type]}.attention.sliding_window_pattern"] == period
 
 
 def changed(model_type: str, **settings: Any) -> nn.Module:

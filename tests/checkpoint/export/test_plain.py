@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamline_hooks import LayerSurgeon, StreamlineError, load, save
-from streamline_hooks.checkpoint import check_no_splices, export_plain
+from streamline_hooks.checkpoint import check_no_splices, export_plain, open_checkpoint
 from streamline_hooks.cli import run
 from streamline_hooks.replacements import LinearReplacement
 from tests.other_models import made
@@ -41,6 +42,35 @@ def test_no_trace(tmp_path: Path) -> None:
         print("same")
     """
     assert in_a_new_process(code, tmp_path).stdout.strip().endswith("same")
+
+
+@pytest.mark.parametrize("write", [save, export_plain])
+@pytest.mark.parametrize("which", ["base", "wrapped"])
+def test_adapters_are_refused(write: Callable[[Any, Path], Path], which: str, tmp_path: Path) -> None:
+    """Only the adapter would be written, or weights with names that no model has."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1, 2])
+        surgeon.commit()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(StreamlineError, match=r"PEFT adapters.*merge_and_unload"):
+        write(model if which == "base" else wrapped, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    write(wrapped.merge_and_unload(), tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(loaded(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
+def test_the_folder_that_weights_on_disk_are_read_from_is_not_replaced(tmp_path: Path) -> None:
+    folder = save(tiny_model("llama"), tmp_path / "model")
+    model = open_checkpoint(folder)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([1])
+        surgeon.commit()
+    with pytest.raises(StreamlineError, match="not in memory"):
+        export_plain(model, folder, overwrite=True)
+    export_plain(model, tmp_path / "other")
 
 
 @pytest.mark.parametrize("options", [[], ["--trust-remote-code"]])
