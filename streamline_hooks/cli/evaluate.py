@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +14,12 @@ from streamline_hooks.cli.config_options import OptionValues, read_loading, with
 from streamline_hooks.cli.options import Json, Model
 from streamline_hooks.cli.output import Printer, print_log, write_page
 from streamline_hooks.cli.parsing import parse_problems
-from streamline_hooks.core import StreamlineError, check_writable, read_json, write_json
+from streamline_hooks.core import StreamlineError, check_writable, get_logger, read_json, write_json
 from streamline_hooks.evaluation import Suite, require_same_inputs
 from streamline_hooks.evaluation import evaluate as run
 from streamline_hooks.pipeline import suite_for_model
 
+logger = get_logger(__name__)
 Against = Annotated[str, Parameter(help="The original model, for relative results.")]
 Text = Annotated[
     list[str] | None,
@@ -100,6 +103,7 @@ def evaluate(
         timed=Suite.timed if speed and task.is_causal_lm else None,
         **settings,
     )
+    _warn_of_known_text(report_file, list(suite.text))
     loaded, tokenizer = load_quietly(model, task, loading)
     original, original_tokenizer = load_quietly(against, task, loading) if against else (None, tokenizer)
     require_same_inputs(tokenizer, original_tokenizer)
@@ -120,6 +124,28 @@ def evaluate(
         write_json(output / "evaluation.json", result.report())
         update_checksums(output)
         show.line(write_page(output, f"{names[0]}, evaluated", compression=compression, evaluation=result.report()))
+
+
+def _warn_of_known_text(report_file: Path, sources: Sequence[str]) -> None:
+    """Warn if text was also a source of the compression, which used a part of it."""
+    compression: dict[str, Any] = {}
+    with suppress(StreamlineError):  # a damaged report does not matter here
+        compression = read_json(report_file) if report_file.is_file() else {}
+    record = (compression.get("data") or {}).get("source") or {}
+    entries = [record, *(record.get("mixture") or ())]
+    known = {_source_name(source) for entry in entries for source in entry.get("sources") or ()}
+    if shared := [source for source in sources if _source_name(source) in known]:
+        logger.warning(
+            f"{', '.join(shared)} was also the text of the compression, so a part of the measured text may have been "
+            "used to choose and repair blocks, and the perplexity may be too low. Expected other text for an unbiased "
+            "result. Give it by --text."
+        )
+
+
+def _source_name(source: str) -> str:
+    """Return the absolute path of a file or folder, and the name of other sources."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def _report_of(file: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from streamline_hooks.cli.config_options import OptionValues, read_loading, with
 from streamline_hooks.cli.options import Json
 from streamline_hooks.cli.output import print_json, print_log
 from streamline_hooks.core import StreamlineError, device_of
-from streamline_hooks.evaluation import generate_with_both, require_same_tokens, side_by_side
+from streamline_hooks.evaluation import generate_with_both, require_same_tokens, side_by_side, tokenize_prompt
+from streamline_hooks.modeling import default_generation_config, eos_token_ids
 
 Folder = Annotated[str, Parameter(help="Folder with a compressed model, or any model.")]
 Texts = Annotated[list[str], Parameter(help="Texts to continue, one after the other.")]
@@ -66,33 +67,30 @@ def generate(
         else:
             print(side_by_side(pairs, width=max(40, min(120, shutil.get_terminal_size((100, 24)).columns))))
         return
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ends = sorted(eos_token_ids(model, tokenizer))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options |= {"eos_token_id": ends or None, "pad_token_id": min(ends, default=0)}
+    options |= {"temperature": temperature, "top_k": 0} if temperature else {}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     rows = []
     for text in texts:
-        inputs = _encode(tokenizer, text, chat, folder).to(device_of(model))
+        ids = _encode(tokenizer, text, chat, folder).to(device_of(model))
         torch.manual_seed(seed)
-        generated = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=padding, streamer=streamer, **sampling
-        )
-        new = generated[0, inputs["input_ids"].shape[-1] :]
+        with default_generation_config(model):  # as with --against
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
+        new = generated[0, ids.shape[-1] :]
         rows.append({"prompt": text, "generated": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new)})
     if as_json:
         print_json(rows)
 
 
-def _encode(tokenizer: Any, text: str, chat: bool, folder: str) -> Any:
-    """Tokenize a text, or a conversation that starts with it."""
+def _encode(tokenizer: Any, text: str, chat: bool, folder: str) -> torch.Tensor:
+    """Return the token ids of a text, or of a conversation that starts with it, of shape (1, tokens)."""
     if chat and not tokenizer.chat_template:
         raise StreamlineError(
             f"--chat was given, but the tokenizer of {folder} has no chat template. Expected a template. Leave --chat "
             "out."
         )
-    if chat:
-        message = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[-1] == 0:
+    if not chat and not len(tokenizer(text)["input_ids"]):
         raise StreamlineError(f"The text {text!r} has no tokens. Expected at least one token. Add text to continue.")
-    return inputs
+    return torch.tensor([tokenize_prompt(tokenizer, text, chat)])

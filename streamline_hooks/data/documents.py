@@ -39,6 +39,7 @@ _EXPECTED = (
     "(a column `text`), a folder of .txt, .txt.gz, .jsonl, .jsonl.gz or .parquet files, the word 'pydoc', or the name "
     "of a data set"
 )
+_MARKUP = tuple(kind + compression for kind in (".json", ".ndjson", ".csv", ".tsv") for compression in _COMPRESSED)
 _DATASET_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.+-]*)?")
 LONGEST = 50_000_000
 """Maximum characters of a document in a text file; a file without separators might not fit in memory."""
@@ -295,6 +296,11 @@ def _reader(source: str | Path, limit_characters: float) -> Callable[[], Iterabl
     path = Path(source).expanduser()
     if path.is_dir():
         return lambda: (text for file in visible_files(path, _SUFFIXES) for text in _read_file(file))
+    if path.name.lower().endswith(_MARKUP) and path.exists():
+        raise StreamlineError(
+            f"{str(source)!r} is JSON or a table, which would be read as text with its names and quotes. Expected "
+            f"{_EXPECTED}. If each line is a JSON object, rename the file to .jsonl; otherwise convert it."
+        )
     if path.exists():
         return partial(_read_file, path)
     missing = f"No text can be read from {str(source)!r}: there is no such file or folder"

@@ -50,6 +50,7 @@ from streamline_hooks.evaluation.samples import (
     GenerationStatistics,
     TextGenerationConfig,
     generate_texts,
+    tokenize_prompt,
 )
 from streamline_hooks.evaluation.side_by_side import generate_with_both, side_by_side
 from streamline_hooks.evaluation.sliding_perplexity import TextPerplexity, sliding_perplexity
@@ -172,4 +173,5 @@ __all__ = [
     "synthetic_problems",
     "task_config_from_file",
     "task_config_from_rows",
+    "tokenize_prompt",
 ]

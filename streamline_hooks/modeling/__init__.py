@@ -45,6 +45,7 @@ from streamline_hooks.modeling.forward import (
 )
 from streamline_hooks.modeling.generation import (
     SamplingConfig,
+    default_generation_config,
     eos_token_ids,
     generate_tokens,
     require_generate,
@@ -156,6 +157,7 @@ __all__ = [
     "closing_generator",
     "copy_capture_hooks",
     "declaration_advice",
+    "default_generation_config",
     "download_sentence_files",
     "eos_token_ids",
     "evaluation_mode",

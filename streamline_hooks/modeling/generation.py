@@ -163,7 +163,7 @@ def generate_tokens(
         ids = ids[: end + keep_end]
         return ids[: bisect_left(range(len(ids)), True, key=lambda n: stops(ids[:n]))] if stops(ids) else ids
 
-    with inference(model), _default_generation_config(model):
+    with inference(model), default_generation_config(model):
         with preserve_forward_state(model):
             groups = _batch_prompts(model, prompts, sampling.samples, pad)
         for indices, copies in groups:
@@ -301,7 +301,7 @@ def _prefill(model: Any, prompts: Mapping[str, Tensor], name: str) -> Any:
 
 
 @contextmanager
-def _default_generation_config(model: Any) -> Iterator[None]:
+def default_generation_config(model: Any) -> Iterator[None]:
     """Replace the model's generation configuration by the default, so that it adds no settings."""
     from transformers import GenerationConfig
 

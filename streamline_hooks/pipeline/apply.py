@@ -122,7 +122,18 @@ def training_checkpoint(
         )
     if path:
         check_writable(path)
+    if path and not resume:
+        refuse_earlier_run(path)
     return path or None
+
+
+def refuse_earlier_run(path: Path) -> None:
+    """Raise if a training checkpoint exists, which a new training run would overwrite."""
+    if path.is_file():
+        raise StreamlineError(
+            f"compress: {path} is the training checkpoint of an earlier run, which a new run would overwrite. "
+            "Expected no such file without resume. Set resume (--resume) to continue that run, or delete the file."
+        )
 
 
 def require_trainable(ready: Preparation, healing: HealingConfig | None) -> None:

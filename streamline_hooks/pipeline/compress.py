@@ -26,7 +26,7 @@ from streamline_hooks.core import (
 from streamline_hooks.data import TokenSplit
 from streamline_hooks.evaluation import document_rows
 from streamline_hooks.modeling import StateSource, find_stack, sentence_folder_of
-from streamline_hooks.pipeline.apply import round_files
+from streamline_hooks.pipeline.apply import refuse_earlier_run, round_files
 from streamline_hooks.pipeline.compress_checkpoint import require_blockwise
 from streamline_hooks.pipeline.config import CompressionConfig, EvaluationConfig, RunOptions
 from streamline_hooks.pipeline.one_round import compress_once
@@ -71,8 +71,8 @@ def compress_in_rounds(
             f"compress: resume was given, but there is no training checkpoint at {files[0] if files else 'any path'}. "
             "Expected an existing file. Leave resume out to start a training run."
         )
-    if not resume:  # remove the files of an earlier call
-        work.broadcast_object(lambda: [*map(Path.unlink, filter(Path.is_file, files))])
+    if not resume:
+        work.broadcast_object(lambda: [*map(refuse_earlier_run, files)])
     present: list[int | None] = list(range(len(stack)))  # block numbers in the original
     del stack  # it holds the blocks that will be removed
     original = copy.deepcopy(model) if original is None else original
@@ -296,7 +296,7 @@ def _rows_of(items: Any) -> list[Any]:
     rows: list[Any] = []
     for item in items if isinstance(items, Sequence) and not isinstance(items, str) else ():
         if isinstance(item, str):
-            rows.append(item)
+            rows.append(item.strip())  # as documents are read
         elif isinstance(item, Tensor) or (isinstance(item, Mapping) and "input_ids" in item):
             rows += document_rows(item)
     return rows

@@ -312,7 +312,7 @@ def _perplexity(evaluation: Report) -> list[Part]:
         )
         marks.append(PlotRow(name, _mark(original), _mark(result)))
     columns = ["domain", "tokens", "bits/byte", "this model", *["original", f"×{SPACE}original"] * bool(reference)]
-    caption = "On held-out text; lower is better."
+    caption = "Lower is better."
     plot = plots.row_plot("perplexity", "Perplexity by domain", marks, "perplexity", caption)
     return _parts(plot, _table("Perplexity by domain", columns, rows))
 

@@ -36,7 +36,7 @@ from streamline_hooks.surgery.layout import StackLayout, checked_window
 from streamline_hooks.surgery.model_source import ModelSource, as_state_source
 from streamline_hooks.surgery.placement import match_block, matched_dtype
 from streamline_hooks.surgery.plan import Slot, Splice, SurgeryPlan
-from streamline_hooks.surgery.probe import find_mismatch, run_reference_with_hooks
+from streamline_hooks.surgery.probe import find_mismatch, run_reference_with_hooks, without_masks
 from streamline_hooks.surgery.prompt_skip import LAST_TOKENS, PromptSkip, find_prompt_skip, prompt_skip_of
 from streamline_hooks.surgery.resume import resume
 from streamline_hooks.surgery.save_guard import saved_model_depth
@@ -151,6 +151,7 @@ __all__ = [
     "spliced",
     "split_large_batches",
     "tokens_within_memory",
+    "without_masks",
     "zero_output",
     "zero_parameter_ids",
     "zero_parameters",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamline_hooks.core import Batch, StreamlineError, exclusive_global_state, padding_mask, prepare_inputs
 from streamline_hooks.modeling import inference, padded, read_output, seeded_sampling
+from streamline_hooks.surgery import without_masks
 from streamline_hooks.testing.tiny_models import tiny_inputs
 
 LOGITS = ("batch", "token", "vocabulary entry")
@@ -65,9 +66,8 @@ def describe_difference(
         return error
     a, b = got.detach().double(), expected.detach().to(got.device).double()
     is_compared = torch.ones_like(a, dtype=torch.bool) if real is None else _expand_mask(real, a).expand(a.shape)
-    finite = is_compared & torch.isfinite(b)
     relative = SAME_ORDER_TOLERANCE.get(got.dtype, 0.0) if tolerance is None else tolerance
-    largest = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
+    largest = float(torch.where(is_compared, without_masks(expected.detach()).to(got.device), 0.0).abs().max())
     allowed = relative * (1 + largest) if relative else 0.0
     gaps = torch.where(is_compared & (a != b), (a - b).abs(), 0.0)
     if float(gaps.max()) <= allowed:
@@ -138,7 +138,7 @@ def _relative_gaps(got: Tensor, expected: Tensor, real: Tensor) -> Tensor:
     """
     a, b = (x.detach().to(expected.device).double().reshape(*x.shape[:2], -1) for x in (got, expected))
     difference = torch.where(a == b, 0.0, a - b).norm(dim=-1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    norm = torch.where(b.isfinite(), b, 0.0).norm(dim=-1)
+    norm = without_masks(expected.detach()).double().reshape(b.shape).norm(dim=-1)
     gaps = torch.where(difference > 0, difference / norm, 0.0)  # infinite if the expected token is zero
     return torch.where(real.to(gaps.device), gaps, 0.0)
 

@@ -99,6 +99,22 @@ def test_generate_compares_with_the_original(
     assert [row["original"].strip() for row in rows] == [row["generated"].strip() for row in alone]
 
 
+def test_the_most_likely_token_is_taken_whatever_the_folder_says(
+    stories_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with --against: a penalty would hide that a damaged model repeats itself."""
+    folder = Path(shutil.copytree(stories_folder, tmp_path / "penalized"))
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(settings | {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2}))
+    options = ["Once upon a time there was", "--max-new-tokens", 24, "--json"]
+    expected, penalized = (
+        json.loads(run(["generate", path, *options], monkeypatch, capsys)[1])[0]["generated"]
+        for path in (stories_folder, folder)
+    )
+    assert penalized == expected and len(expected.split()) > 5
+
+
 def test_inspect(stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(["inspect", stories_folder], monkeypatch, capsys)
     assert code == 0 and "-> model.layers: 5 x LlamaDecoderLayer" in out

@@ -34,6 +34,20 @@ def run_again(*args: Any, **settings: Any) -> None:
     raise AssertionError("a task was run again")
 
 
+def test_text_of_the_compression_is_reported(
+    files: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = files / "small"
+    made = f"compress {stories_folder} -o {small} --remove 1 -c {files}/tales.txt --shortlist 1 {FEW}"
+    assert run([*made.split(), "--no-speed", "--no-generation"], monkeypatch, capsys)[0] == 0
+    (files / "other.txt").write_text((files / "tales.txt").read_text())
+    for name, is_known in (("tales.txt", True), ("other.txt", False)):
+        command = f"evaluate {small} --text {files / name} --text-tokens 256 --window 64 --no-speed --prompts 0 --json"
+        code, out, err = run(command.split(), monkeypatch, capsys)
+        assert code == 0 and json.loads(out)
+        assert ("was also the text of the compression" in err) == is_known
+
+
 @pytest.mark.long
 def test_a_model_against_its_original(
     files: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -403,3 +403,13 @@ class TestStreaming:
             tracemalloc.stop()
         assert peaks[1] < 1.5 * peaks[0], peaks
         assert peaks[1] < 3_000_000 < 8_000 * len(texts[-1]) / 2, peaks
+
+
+@pytest.mark.parametrize("name", ["c4-train.00000.json.gz", "rows.json", "rows.ndjson", "rows.csv", "ROWS.TSV"])
+def test_markup_is_not_read_as_text(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text('{"text": "One day"}\n')
+    with pytest.raises(StreamlineError, match=r"is JSON or a table.*rename the file to .jsonl"):
+        read_documents(file)
+    file.rename(tmp_path / "rows.jsonl")
+    assert list(read_documents(tmp_path / "rows.jsonl")) == ["One day"]

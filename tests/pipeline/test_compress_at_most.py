@@ -242,3 +242,15 @@ def test_the_given_model_may_be_kept(bounds: dict[int, float]) -> None:
     result = compress(model, DATA, inplace=False, **given)
     assert {depth: statement.bound for depth, statement in statements_of(result).items()} == bounds
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_documents_of_the_compression_are_found_whatever_surrounds_them(
+    stories: tuple[Any, Any], story_texts: list[str]
+) -> None:
+    """Documents are read without outer whitespace, and other readers keep it."""
+    model, tokenizer = stories
+    documents = [f" {text}\n" for text in story_texts[:20]]
+    with pytest.raises(StreamlineError, match="20 of 20 documents in guarantee_data"):
+        compress(
+            model, story_texts, tokenizer=tokenizer, remove=1, at_most={"kl": 0.9}, guarantee_data={"kl": documents}
+        )

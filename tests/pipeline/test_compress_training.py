@@ -134,6 +134,8 @@ def test_a_killed_training_is_resumed_where_it_was(
     with pytest.raises(Killed):
         run("out", callbacks=[RaiseAt(20, Killed)])
     assert (tmp_path / "out.training").is_file() and not (tmp_path / "out").exists()
+    with pytest.raises(StreamlineError, match=r"out.training is the training checkpoint of an earlier run.*--resume"):
+        run("out")
     resumed = run("out", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert not (tmp_path / "out.training").exists()

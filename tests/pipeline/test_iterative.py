@@ -168,14 +168,17 @@ def test_a_round_that_fails_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -
     assert len(find_stack(model)) == 6
 
 
-def test_a_file_of_an_earlier_call_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_training_of_an_earlier_call_is_not_overwritten(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"rounds": 2, "remove": 2, "output": tmp_path / "out", **OPTIONS}
     kept = replace(QUICK, checkpoint_minutes=0.0)
-    other = replace(kept, learning_rate=1e-3)
-    for step, training in ((9, kept), (3, other)):
-        killed_at(step, training, **settings)
+    killed_at(9, kept, **settings)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files
+    with pytest.raises(StreamlineError, match=r"out.training.round-1 is the training checkpoint of an earlier run"):
+        compress(tiny_model("llama"), PARTS, **arguments(distillation=kept, **settings))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
     result = compress(
-        tiny_model("llama"), PARTS, options=RunOptions(resume=True), **arguments(distillation=other, **settings)
+        tiny_model("llama"), PARTS, options=RunOptions(resume=True), **arguments(distillation=kept, **settings)
     )
     assert len(result.rounds) == 2 and result.seconds["save"] > 0
 

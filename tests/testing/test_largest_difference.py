@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamline_hooks.core import bitwise_equal
-from streamline_hooks.testing.compare import assert_tensors_match, describe_difference
+from streamline_hooks.surgery.fold import scaled_logits_allclose
+from streamline_hooks.surgery.probe import probe_logits_allclose
+from streamline_hooks.testing.compare import assert_tensors_match, describe_difference, describe_token_difference
 
 
 @given(st.integers(0, 2), st.integers(0, 3), st.integers(0, 4), st.sampled_from([-1.5, 2.5]), st.booleans())
@@ -90,3 +92,19 @@ def test_bits() -> None:
     nan = torch.tensor([torch.nan])
     assert bitwise_equal(nan, nan.clone()) and bitwise_equal(torch.tensor(True), torch.tensor(True))
     assert bitwise_equal(torch.zeros(0), torch.zeros(0)) and bitwise_equal(torch.ones(2, 3).T, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min])
+def test_masked_logits_do_not_widen_the_tolerance(mask: float) -> None:
+    """Models mask entries of the vocabulary with the lowest number, and a part of it would allow any difference."""
+    expected = torch.zeros(1, 2, 3)
+    expected[..., 0] = mask
+    got = expected.clone()
+    assert describe_difference(got, expected) is None and probe_logits_allclose(got, expected)
+    real = torch.ones(1, 2, dtype=torch.bool)
+    assert describe_token_difference(got, expected, expected, real, None) is None
+    got[0, 1, 2] = 0.5
+    assert "at batch 0, token 1, vocabulary entry 2" in str(describe_difference(got, expected))
+    assert describe_token_difference(got, expected, expected, real, None) is not None
+    assert not probe_logits_allclose(got, expected)
+    assert not scaled_logits_allclose(got, expected)
