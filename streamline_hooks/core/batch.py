@@ -166,6 +166,32 @@ def padding_mask_with_cache(mask: Any, kwargs: Mapping[str, Any]) -> Any:
     return allowed[:, 0].diagonal(min(seen, columns - tokens), dim1=-2, dim2=-1)
 
 
+def cached_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Return the number of cached tokens of a call, or None if it is unknown, as in compiled code."""
+    arguments = dict(inspect.signature(module.forward).bind_partial(*args).arguments) | dict(kwargs)
+    names = ("cache", "past_key_values", "cache_params", "state")  # RWKV has a state
+    cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
+    if cache is None:
+        return 0
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return int(cache.get_seq_length())
+    except Exception:  # a cache of recurrent states may have no length
+        return None
+
+
+def mask_of_tokens(mask: Tensor, tokens: int, cached: int | None, *, has_last_tokens: bool = False) -> Tensor:
+    """Return the last columns of a mask (batch, columns) if they belong to the call's tokens, else all.
+
+    The mask of a call with a cache also has the cached tokens. A mask of other tokens, such as the samples of which an
+    audio encoder computes fewer states, says nothing about these states. `has_last_tokens` is for logits, which may be
+    of the last tokens of a call.
+    """
+    is_known = cached is None or has_last_tokens or mask.shape[1] == cached + tokens
+    return mask[:, -tokens:] if is_known and tokens else mask
+
+
 def count_tokens(batch: Batch | Tensor) -> int:
     """Return the number of real tokens in a batch, or the number of images or audio clips."""
     mask = None if isinstance(batch, Tensor) else padding_mask(batch)

@@ -234,8 +234,20 @@ def batch_dependence(model: Any, prompt: Sequence[int], pad: int) -> str:
 
 
 def padding_dependence(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> str:
-    """Describe how padding to the longest prompt changes the shortest; empty if it does not. Autocast is off."""
-    pair = [min(prompts, key=len), max(prompts, key=len)]
+    """Describe how padding to the longest prompt changes other prompts; empty if it does not. Autocast is off.
+
+    Tested are the shortest prompt and the longest one with padding.
+    """
+    longest = max(prompts, key=len)
+    padded = [prompt for prompt in prompts if len(prompt) < len(longest)]
+    for prompt in {len(prompt): prompt for prompt in (min(padded, key=len), max(padded, key=len))}.values():
+        if reason := _padding_dependence(model, [prompt, longest], pad):
+            return reason
+    return ""
+
+
+def _padding_dependence(model: Any, pair: Sequence[Sequence[int]], pad: int) -> str:
+    """Describe how padding to the second prompt changes the first; empty if it does not."""
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": pad, **_LOGITS}
     with torch.autocast(device_of(model).type, enabled=False):
         try:

@@ -21,12 +21,18 @@ STATE_LAYOUTS = {
     "Gemma3nTextDecoderLayer": "streams batch tokens features",
     "HYV4DecoderLayer": "batch tokens streams features",
     "XLNetLayer": "tokens batch features",
+    "modeling_fsmt.DecoderLayer": "tokens batch features",
+    "modeling_fsmt.EncoderLayer": "tokens batch features",
 }
+"""Layouts by the class of the block, with its module if other models have a class of the same name."""
 
 
 def layout_of(block: nn.Module) -> str:
     """Return the axes of the states of a block, such as "batch tokens features"."""
-    return "tokens batch features" if tokens_first(block) else STATE_LAYOUTS.get(type(block).__name__, DEFAULT_LAYOUT)
+    if tokens_first(block):
+        return "tokens batch features"
+    name, module = type(block).__name__, type(block).__module__.rpartition(".")[2]
+    return STATE_LAYOUTS.get(name) or STATE_LAYOUTS.get(f"{module}.{name}", DEFAULT_LAYOUT)
 
 
 def require_default_layout(blocks: Iterable[nn.Module], what: str, advice: str) -> None:

@@ -238,7 +238,9 @@ class Task(Config):
             )
         if states.ndim == 2:
             return states
-        decoder_mask = _decoder_mask(batch)
+        # The labels of a batch say which tokens are predicted, not which are real.
+        inputs = batch if isinstance(batch, Tensor) else {name: batch[name] for name in batch if name != "labels"}
+        decoder_mask = _decoder_mask(inputs)
         mask = token_mask(states, _attention_mask(batch) if decoder_mask is None else decoder_mask)
         if not bool(mask.any(dim=1).all()):
             raise StreamlineError(

@@ -5,7 +5,6 @@ The changes are the edits of `streamline_hooks.recording.edits`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -20,7 +19,9 @@ from streamline_hooks.core import (
     StreamlineError,
     UnsupportedSurgery,
     block_indices,
+    cached_tokens,
     forget_compiled_graphs,
+    mask_of_tokens,
     padding_mask_of_call,
     padding_mask_with_cache,
     refuse_compiled,
@@ -137,6 +138,8 @@ class Intervention:
         if self._handles:
             raise StreamlineError("This intervention is already open. Create a second Intervention to nest them.")
         refuse_compiled(self.model, "change the activations of")
+        self.stack = find_stack(self.model, self.stack.path)
+        block_indices([k for _, k in self._edits if k is not None], len(self.stack), "edits")
         refuse_replicated(self.model, "change the activations of")
         require_whole_state(self.stack[0])
         require_default_layout(
@@ -315,7 +318,7 @@ class _Passes:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call.begins(module):
             self._mask = None
-            self.cached = _cached_tokens(module, args, kwargs)
+            self.cached = cached_tokens(module, args, kwargs)
             if self.cached == 0:
                 self.step = 0
             elif not torch.compiler.is_compiling():
@@ -337,10 +340,9 @@ class _Passes:
         if mask is None:
             return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            mask = mask[:, -state.shape[1] :]
-            if mask.shape == state.shape[:2]:
-                real: Tensor = mask.to(state.device).bool()
-                return real
+            real = mask_of_tokens(mask, state.shape[1], self.cached, has_last_tokens=name == "logits")
+            if real.shape == state.shape[:2]:
+                return real.to(state.device).bool()
         if required:
             raise StreamlineError(
                 f"The tokens at {name} cannot be selected: the mask of the model's call does not have the shape "
@@ -348,21 +350,6 @@ class _Passes:
                 "mask."
             )
         return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
-
-
-def _cached_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the number of cached tokens of a call, or None if it is unknown, as in compiled code."""
-    arguments = dict(inspect.signature(module.forward).bind_partial(*args).arguments) | dict(kwargs)
-    names = ("cache", "past_key_values", "cache_params")
-    cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
-    if cache is None:
-        return 0
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        return int(cache.get_seq_length())
-    except Exception:  # a cache of recurrent states may have no length
-        return None
 
 
 def _numbered(real: Tensor, numbers: Sequence[int]) -> Tensor:

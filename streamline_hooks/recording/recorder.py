@@ -19,7 +19,10 @@ from streamline_hooks.core import (
     StreamlineError,
     UnsupportedSurgery,
     block_indices,
+    cached_tokens,
     count_tokens,
+    forget_compiled_graphs,
+    mask_of_tokens,
     padding_mask_of_call,
     padding_mask_with_cache,
     prepare_inputs,
@@ -284,6 +287,8 @@ class HiddenStateRecorder:
         self._config, self._probe = config, probe
         self._stop = stop
         self._attention_mask: Any = None
+        self._cached: int | None = 0
+        self._has_last_tokens = False
         self._call = OutermostCall()
         self._handles: list[RemovableHandle] = []
         self._latest: tuple[Tensor, int | None, Tensor] | None = None
@@ -296,6 +301,11 @@ class HiddenStateRecorder:
             raise StreamlineError("This recorder is already open. Create a second recorder to record twice.")
         refuse_compiled(self.model, "record the hidden states of")
         refuse_replicated(self.model, "record the hidden states of")
+        if find_stack(self.model, self.stack.path).blocks != self.stack.blocks:
+            raise StreamlineError(
+                f"The blocks of {self.stack.path} were changed after this recorder was created. Expected the blocks of "
+                "then, whose numbers the recorder has. Create it inside the surgery."
+            )
         require_whole_state(self.stack[0])
         if not isinstance(self._tokens, str) or self._tokens != "all":
             require_batch_first(self.stack[0])
@@ -334,6 +344,7 @@ class HiddenStateRecorder:
             if self._stop and self._inner and not self.outputs:
                 last = self.stack[self.blocks[-1]]
                 self._handles.append(last.register_forward_hook(ReadHook(last, self._stop_forward)))
+            forget_compiled_graphs()
         except BaseException:
             self._remove_hooks()
             raise
@@ -504,6 +515,7 @@ class HiddenStateRecorder:
     def _store(self, number: int, state: Tensor) -> None:
         self._has_recorded = True
         states, batch_first = self._targets[number]
+        self._has_last_tokens = states is self._by_model.get("logits")
         states.append(self._convert(state, batch_first))
 
     def _note_run(self, *values: Any) -> None:
@@ -523,6 +535,7 @@ class HiddenStateRecorder:
     def _read_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call.begins(module):
             self._attention_mask = self._latest = None
+            self._cached = cached_tokens(module, args, kwargs)
         if torch.compiler.is_compiling() and not isinstance(self._tokens, Tensor) and self._tokens == "all":
             return
         self._with_graph = torch.is_grad_enabled()  # of every ancestor: some losses call an inner model
@@ -596,7 +609,8 @@ class HiddenStateRecorder:
             )
         if call_mask is None:
             call_mask = torch.ones(state.shape[:2], dtype=torch.bool)
-        mask = call_mask[:, -state.shape[1] :].to(state.device).bool()
+        mask = mask_of_tokens(call_mask, state.shape[1], self._cached, has_last_tokens=self._has_last_tokens)
+        mask = mask.to(state.device).bool()
         if mask.shape != state.shape[:2]:
             raise StreamlineError(
                 f"tokens={self._tokens!r} requires a mask of shape {tuple(state.shape[:2])}, the (batch, tokens) of "

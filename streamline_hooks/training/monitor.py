@@ -17,6 +17,7 @@ from streamline_hooks.core import (
     Config,
     StreamlineError,
     current_processes,
+    forget_compiled_graphs,
     padding_mask_of_call,
     refuse_compiled,
     refuse_replicated,
@@ -205,6 +206,7 @@ class HiddenStateMonitor:
                 enter, leave = ChangeHook(block, partial(self._enter, k)), ChangeHook(block, partial(self._leave, k))
                 self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
                 self._handles.append(block.register_forward_hook(leave))
+            forget_compiled_graphs()
         except BaseException:
             self.close()
             raise

@@ -20,6 +20,7 @@ from streamline_hooks.modeling.generation import (
     require_generate,
     seeded_sampling,
 )
+from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny
 from tests.tiny_models import FAMILIES, VOCABULARY, repaired, tiny_model
 
@@ -131,10 +132,12 @@ def _sampled(model: Any, prompts: list[list[int]] | None = None) -> tuple[list[l
         found = generate_tokens(model, Ends(), prompts, new_tokens=10, sampling=SamplingConfig(3, 1.5))
     handle.remove()
     lengths = sorted(map(len, prompts))
-    tried = [(1, lengths[0]), (2, lengths[-1])] if lengths[0] < lengths[-1] else []
+    shorter = [length for length in lengths if length < lengths[-1]]
+    ends = dict.fromkeys([shorter[0], shorter[-1]]) if shorter else ()
+    tried = [shape for length in ends for shape in ((1, length), (2, lengths[-1]))]
     if generation.cache_argument(model) is None:  # two tokens of it, alone and beside itself
         tried = [(1, lengths[-1]), (1, 1), (2, lengths[-1]), (2, 1), *tried]
-    assert shapes[: len(tried)] == tried, "the shortest prompt, alone and behind padding"
+    assert shapes[: len(tried)] == tried, "the shortest and the longest padded prompt, alone and behind padding"
     return found, shapes[len(tried) :]
 
 
@@ -146,6 +149,17 @@ def test_a_prompt_is_run_once_for_all_of_its_samples(family: str, monkeypatch: p
     assert shapes[:4] == [(2, 5), (2, 1), (2, 6), (3, 5)] and set(shapes[4:]) == {(9, 1)}
     monkeypatch.setattr(generation, "shared_prefill", lambda *_: {})
     assert _sampled(model)[0] == found
+
+
+@pytest.mark.skipif("doge" not in causal_model_types(), reason="this Transformers has no Doge")
+def test_padding_is_tested_on_the_longest_padded_prompt_too() -> None:
+    """Doge attends to a fixed number of tokens, so that the shortest prompt does not depend on its padding."""
+    model: Any = tiny("doge", blocks=4, keep_window_size=6)
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 30, (n,), generator=random).tolist() for n in (14, 5, 9)]
+    with pytest.warns(UserWarning, match="generated in separate batches"):
+        texts = generate_tokens(model, None, prompts, new_tokens=8)
+    assert texts == [generate_tokens(model, None, [prompt], new_tokens=8)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("half", ["weights", "autocast"])

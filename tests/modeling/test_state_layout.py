@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import FSMTConfig, FSMTForConditionalGeneration
 
 from streamline_hooks import HiddenStateRecorder, UnsupportedSurgery, profile
 from streamline_hooks.core import prepare_inputs
 from streamline_hooks.modeling.state_layout import STATE_LAYOUTS, by_token, layout_of
+from streamline_hooks.recording import Intervention, Zero
 from streamline_hooks.statistics import measure_moments
 from streamline_hooks.testing import tiny_inputs, tiny_model
 
@@ -65,3 +67,18 @@ def test_a_state_of_two_axes_is_one_row_of_tokens() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
     state = torch.randn(5, 8)
     assert torch.equal(by_token(state, layer), state[None])
+
+
+def test_fsmt_has_the_tokens_first() -> None:
+    """Its blocks have the names of others, so the module counts too."""
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = FSMTConfig(langs=["a", "b"], src_vocab_size=32, tgt_vocab_size=32, **sizes, **heads)
+    model = FSMTForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.randint(3, 32, (2, 5), generator=generator) for name in ("input_ids", "decoder_input_ids")}
+    with torch.no_grad(), HiddenStateRecorder(model, [1], tokens="last") as last:
+        states = model(**batch, output_hidden_states=True).decoder_hidden_states[-1]
+    torch.testing.assert_close(last.outputs[1][0], states[:, -1])
+    with pytest.raises(UnsupportedSurgery, match=r"the layout \(tokens, batch, features\)"):
+        Intervention(model, {("block.output", 0): Zero()}).__enter__()

@@ -117,6 +117,11 @@ def test_an_embedding_is_pooled_over_real_tokens(side: str) -> None:
     for pooling, rows in wanted.items():
         torch.testing.assert_close(Task("embedding", pooling).answers(output, given), torch.stack(rows))
     torch.testing.assert_close(Task("embedding").answers(output, given), torch.stack(wanted["mean"]))
+    labels = torch.full_like(IDS, -100)  # as for masked language modelling: one token of each row is predicted
+    labels[:, 2] = IDS[:, 2]
+    torch.testing.assert_close(
+        Task("embedding").answers(output, {**given, "labels": labels}), torch.stack(wanted["mean"])
+    )
 
 
 def test_what_a_model_pools_itself_is_taken_for_images_and_where_it_is_asked_for() -> None:

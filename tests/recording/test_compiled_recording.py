@@ -21,6 +21,7 @@ from streamline_hooks.recording import (
     Resample,
     Scale,
     Zero,
+    recorder,
 )
 from streamline_hooks.testing import tiny_model
 from tests.tiny_models import WIDTH, tokens
@@ -101,7 +102,25 @@ def test_a_closed_recorder_receives_nothing() -> None:
 
 
 @pytest.mark.parametrize("sites", [["block.output"], ["mlp.input", "attention.output"]])
-def test_a_recorder_that_is_opened_after_compilation_does_not_pass_unnoticed(sites: list[str]) -> None:
+def test_a_recorder_that_is_opened_after_compilation_records(sites: list[str]) -> None:
+    model, batch = tiny_model("llama", blocks=3), left_padded_batch(2, 5)
+    with torch.no_grad():
+        compiled = torch.compile(lambda batch: model(**batch), backend="eager")
+        compiled(batch)
+        with HiddenStateRecorder(model, [2], sites=sites) as record:
+            compiled(batch)
+        with HiddenStateRecorder(model, [2], sites=sites) as expected:
+            model(**batch)
+    for site in sites:
+        ((state,),) = record[site].values()  # type: ignore[call-overload]
+        torch.testing.assert_close(state, expected[site][2][0])  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("sites", [["block.output"], ["mlp.input", "attention.output"]])
+def test_compiled_code_that_records_nothing_does_not_pass_unnoticed(
+    sites: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "forget_compiled_graphs", lambda: None)
     model = tiny_model("llama", blocks=3)
     with torch.no_grad():
         compiled = Graphs(model)

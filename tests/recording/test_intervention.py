@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
 from streamline_hooks.modeling import read_output, write_output
@@ -457,3 +458,58 @@ def test_recorded_gradients_of_changed_states() -> None:
     with edit, HiddenStateRecorder(model, [1], sites=["block.output"], config=config) as record:
         model(IDS).logits.square().mean().backward()
     assert record.outputs[1][0].grad is not None
+
+
+def test_indices_are_those_of_the_model_when_it_is_opened() -> None:
+    model = tiny_model("llama")
+    edit, recorder = Intervention(model, {("block.output", 2): Zero()}), HiddenStateRecorder(model, [2])
+    late = Intervention(model, {("block.output", BLOCKS - 1): Zero()})
+    with torch.no_grad(), LayerSurgeon(model) as surgeon:
+        surgeon.remove([0])
+        with edit, HiddenStateRecorder(model) as record:
+            model(IDS)
+        assert [bool((states[0] == 0).all()) for states in record.outputs.values()].index(True) == 2
+        with pytest.raises(StreamlineError, match=str(BLOCKS - 1)), late:
+            pass
+        with pytest.raises(StreamlineError, match="Create it inside the surgery"), recorder:
+            pass
+    with edit, recorder:
+        model(IDS)
+    assert bool((recorder.outputs[2][0] == 0).all())
+
+
+@pytest.mark.skipif("rwkv" not in causal_model_types(), reason="this Transformers has no RWKV")
+def test_steps_of_a_model_whose_state_has_no_length_are_refused() -> None:
+    model: Any = tiny_of_type("rwkv", blocks=3)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    edit = Intervention(model, {("block.output", 1): Zero()}, steps="prefill")
+    with torch.no_grad(), pytest.raises(StreamlineError, match="steps"), edit:
+        model.generate(IDS, **options)
+
+
+@pytest.mark.parametrize("selected", ["real", "last"])
+def test_a_mask_of_other_tokens_selects_no_states(selected: str) -> None:
+    """The encoder computes one state of four frames, and the last columns of the mask are not about its states."""
+    sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    limits = {"max_source_positions": 60, "max_target_positions": 16, "vocab_size": 128, "d_model": 16}
+    config = Speech2TextConfig(
+        encoder_layers=2,
+        decoder_layers=2,
+        input_feat_per_channel=8,
+        conv_channels=16,
+        num_conv_layers=2,
+        **sizes,
+        **limits,
+    )
+    model = Speech2TextForConditionalGeneration(config).eval()
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 28:] = 0
+    batch = {"input_features": torch.randn(2, 40, 8), "attention_mask": mask, "decoder_input_ids": tokens(2, 3)}
+    record = HiddenStateRecorder(model, [0], stack="encoder", tokens=selected)  # type: ignore[arg-type]
+    edit = Intervention(model, {("block.output", 0): Zero()}, stack="encoder", tokens=selected)
+    for change in (record, edit):
+        with torch.no_grad(), pytest.raises(StreamlineError, match=r"mask of the model.s call"), change:
+            model(**batch)
+    with torch.no_grad(), HiddenStateRecorder(model, [0], stack="decoder", tokens=selected) as decoder:  # type: ignore[arg-type]
+        model(**batch)
+    assert decoder.outputs[0][0].shape == ((6, 16) if selected == "real" else (2, 16))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from streamline_hooks import HiddenStateRecorder, LayerSurgeon, compress, find_stack
 from streamline_hooks.core import UnsupportedSurgery, prepare_inputs
 from streamline_hooks.modeling import isolated_inference, probe_logits
 from streamline_hooks.surgery import resume
+from streamline_hooks.surgery.fold import scaled_logits_allclose
 from streamline_hooks.surgery.probe import (
     ReferenceRun,
     matches_reference,
+    probe_logits_allclose,
     run_reference,
 )
 from streamline_hooks.testing import causal_model_types
@@ -137,3 +141,18 @@ def test_a_model_that_fails_does_not_match_a_reference() -> None:
     assert not matches_reference(reference, model)
     model.lm_head = torch.nn.Linear(3, 3)
     assert not matches_reference(reference, model)
+
+
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("allclose", [probe_logits_allclose, scaled_logits_allclose])
+def test_masked_logits_do_not_widen_the_tolerance(allclose: Callable[[Tensor, Tensor], bool], mask: float) -> None:
+    """Models mask entries of the vocabulary with the lowest number, and a part of it would allow any difference."""
+    expected = torch.ones(1, 2, 3)
+    expected[..., 0] = mask
+    got = expected.clone()
+    assert allclose(got, expected)
+    got[0, 1, 2] += 0.5
+    assert not allclose(got, expected)
+    got = expected.clone()
+    got[0, 0, 0] = 0.0
+    assert not allclose(got, expected)
