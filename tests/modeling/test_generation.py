@@ -133,7 +133,9 @@ def _sampled(model: Any, prompts: list[list[int]] | None = None) -> tuple[list[l
     handle.remove()
     lengths = sorted(map(len, prompts))
     shorter = [length for length in lengths if length < lengths[-1]]
-    ends = dict.fromkeys([shorter[0], shorter[-1]]) if shorter else ()
+    ends = list(dict.fromkeys([shorter[0], shorter[-1]])) if shorter else []
+    if ends and generation.padding_dependence(model, [min(prompts, key=len), max(prompts, key=len)], pad=2):
+        del ends[1:]  # one is enough to know
     tried = [shape for length in ends for shape in ((1, length), (2, lengths[-1]))]
     if generation.cache_argument(model) is None:  # two tokens of it, alone and beside itself
         tried = [(1, lengths[-1]), (1, 1), (2, lengths[-1]), (2, 1), *tried]
