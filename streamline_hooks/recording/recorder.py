@@ -191,7 +191,8 @@ class HiddenStateRecorder:
     block that did not run when the sites were found, such as the cross-attention of a decoder, is refused.
 
     A model may be compiled with ``torch.compile`` while the recorder is open: graphs then contain an operator for each
-    state, without graph breaks and further compilations. The model is compiled anew for each recorder.
+    state, without graph breaks and further compilations. The model is compiled anew for each recorder, and so is
+    all else that was compiled in the process before.
 
     Parameters
     ----------

@@ -233,3 +233,12 @@ def test_saving_one_depth_warns_that_the_others_are_lost(
     save_elastic(model, tmp_path / "all")
     assert not [warning for warning in recwarn if "depths" in str(warning.message)]
     assert depths_of(load(tmp_path / "all")) == depths_of(model)
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = elastic()
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(StreamlineError, match="PEFT adapters"):
+        save_elastic(model, tmp_path / "all")
+    assert not (tmp_path / "all").exists()

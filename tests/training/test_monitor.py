@@ -527,3 +527,18 @@ def test_numbers_in_names_sort_by_block() -> None:
     names = list(Measurement(1, 1, values, values, values, values, values, values, values).scalars())
     assert names[:12] == sorted(names[:12])
     assert tokens(1, 3).shape == (1, 3)
+
+
+def test_measures_what_was_compiled_before() -> None:
+    torch.compiler.reset()
+    model = tiny_model("llama").train()
+    loss = torch.compile(lambda ids: model(ids, labels=ids).loss, backend="eager")
+    ids, measured = tokens(2, 9), []
+    loss(ids).backward()
+    for run in (loss, lambda ids: model(ids, labels=ids).loss):
+        with HiddenStateMonitor(model, config=MonitorConfig(gradients=False)) as monitor:
+            run(ids).backward()
+            measured.append(monitor.step())
+    torch.compiler.reset()
+    assert measured[0] is not None and measured[0].tokens == measured[1].tokens == ids.numel()
+    assert measured[0].influence == pytest.approx(measured[1].influence, rel=1e-4)
