@@ -92,6 +92,8 @@ class TeacherCache:
         The states of each batch.
     data : str
         Digest of the batches; "" if unknown.
+    blocks : tuple of torch.nn.Module
+        The blocks of the model that computed the exits, or else the entrances; empty if unknown.
 
     Examples
     --------
@@ -104,6 +106,7 @@ class TeacherCache:
     exits: bool
     batches: list[TeacherStates]
     data: str = ""
+    blocks: tuple[nn.Module, ...] = ()
 
 
 @contextmanager
@@ -184,7 +187,7 @@ def cache_teacher_states(
             return states
 
         (batch_states,) = retry_with_fewer_rows(run, rows, splits=not is_sharded(model))
-        yield TeacherCache(start, tuple(after), exits, batch_states, batches_digest(batches))
+        yield TeacherCache(start, tuple(after), exits, batch_states, batches_digest(batches), block_stack.blocks)
         batch_states.clear()
 
 

@@ -32,7 +32,7 @@ from streamline_hooks.distillation.optimizer import cached_autocast_weights, ref
 from streamline_hooks.distillation.progress import TrainingCallback, TrainingResult
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.teacher_cache import TeacherCache, cache_for_student
-from streamline_hooks.modeling import evaluation_mode
+from streamline_hooks.modeling import evaluation_mode, refuse_later_tokens
 from streamline_hooks.repair import is_spliced
 from streamline_hooks.surgery import AFTER, BEFORE, spliced
 
@@ -131,6 +131,8 @@ def _train(
             "each. Pass both."
         )
     config.objective.require_task(student.task)
+    if config.objective.needs_labels and student.task.is_causal_lm:
+        refuse_later_tokens(student.model, f"The loss {config.objective}")
     student.task.check_model(student.model)
     if resume and checkpoint_file is None:
         raise StreamlineError(
@@ -261,4 +263,11 @@ def _require_fitting(
         raise StreamlineError(
             "Student.teacher_cache has the states of other batches, or of these in another order. Expected those of "
             "the training data. Cache the states of these batches, or set teacher_cache to None."
+        )
+    blocks = (student.teacher_stack if exits else student.stack).blocks
+    if teacher_cache.blocks not in ((), blocks):
+        raise StreamlineError(
+            "Student.teacher_cache has the states of another model, or of other blocks. Expected those of the "
+            f"{type(student.teacher if exits else student.model).__name__} of this student. Cache its states, or set "
+            "teacher_cache to None."
         )

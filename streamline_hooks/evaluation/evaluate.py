@@ -34,7 +34,7 @@ from streamline_hooks.evaluation.sliding_perplexity import (
 from streamline_hooks.evaluation.speed import max_prompt_tokens, measure_speed, require_timeable
 from streamline_hooks.evaluation.suite import PROMPTS, Suite, SuiteContent
 from streamline_hooks.evaluation.synthetic_tasks import ProblemResults, guessing_accuracy, solve_problems
-from streamline_hooks.modeling import Task, task_from_class_names
+from streamline_hooks.modeling import Task, refuse_later_tokens, task_from_class_names
 
 
 @validate_arguments()
@@ -285,6 +285,8 @@ def _require_runnable(suite: Suite, content: SuiteContent, tokenizer: Any, model
                 "language model for these. Use batches for the model's task: Suite(batches={'test': [...]}), created "
                 "by image_parts, text_parts or pair_parts."
             )
+        if parts:
+            refuse_later_tokens(model, f"A suite with {' and '.join(parts)}")
     prompts = [(f"prompt {k}", prompt, False, suite.new_tokens) for k, prompt in enumerate(content.prompts)]
     for problems, settings in content.problems.values():
         prompts += [(p.where, p.prompt, settings.get("chat", False), settings["new_tokens"]) for p in problems]

@@ -23,7 +23,14 @@ from streamline_hooks.core import (
     widest_float,
 )
 from streamline_hooks.evaluation.agreement import warn_that_prompts_are_run_in_full
-from streamline_hooks.modeling import Candidate, StateSource, VariantOutputs, get_logits, task_from_class_names
+from streamline_hooks.modeling import (
+    Candidate,
+    StateSource,
+    VariantOutputs,
+    get_logits,
+    refuse_later_tokens,
+    task_from_class_names,
+)
 from streamline_hooks.surgery import as_state_source
 
 _MAX_LOG = math.log(sys.float_info.max)
@@ -192,3 +199,4 @@ def require_causal_lm(model: nn.Module) -> None:
             f"{type(model).__name__} is an encoder-decoder model, so the perplexity of a text alone is undefined. "
             "Compare its outputs with agreement, with decoder_input_ids in the batches."
         )
+    refuse_later_tokens(model, "Perplexity")

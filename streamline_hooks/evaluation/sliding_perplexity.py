@@ -26,7 +26,12 @@ from streamline_hooks.evaluation.agreement import (
     require_same_shape,
     warn_that_prompts_are_run_in_full,
 )
-from streamline_hooks.evaluation.perplexity import NotFiniteLikelihood, Perplexity, negative_log_likelihoods
+from streamline_hooks.evaluation.perplexity import (
+    NotFiniteLikelihood,
+    Perplexity,
+    negative_log_likelihoods,
+    require_causal_lm,
+)
 from streamline_hooks.modeling import get_logits, inference, logits_to_keep, select_tokens
 
 _DEFAULT_WINDOW = 1024
@@ -134,7 +139,8 @@ def sliding_perplexity(
     NotFiniteLikelihood
         If the likelihood of a document is not finite.
     StreamlineError
-        If the window exceeds the model's positions, the stride exceeds the window, or the tokenizer has no first token.
+        If the model is not a causal language model, the window exceeds the model's positions, the stride exceeds the
+        window, or the tokenizer has no first token.
 
     Examples
     --------
@@ -260,6 +266,8 @@ class _Documents:
 
     def run(self, models: Sequence[nn.Module], size: int, desc: str) -> tuple[list[TextPerplexity], Agreement]:
         """Return the perplexity of one or two models, and the agreement of the first with the second."""
+        for model in models:
+            require_causal_lm(model)
         nlls = [[0.0] * len(self.windows) for _ in models]
         tokens = sum(part.scored for part in self.windows)
         agreement = Agreement()

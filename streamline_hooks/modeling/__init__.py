@@ -84,6 +84,7 @@ from streamline_hooks.modeling.probe import (
     observe_blocks,
     probe_logits,
     probing,
+    refuse_later_tokens,
     run_probe,
     saves_itself,
 )
@@ -200,6 +201,7 @@ __all__ = [
     "read_output",
     "reading_branches",
     "reference_outputs",
+    "refuse_later_tokens",
     "register_stack_finder",
     "remove_capture_hooks",
     "require_batch_first",

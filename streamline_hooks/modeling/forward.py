@@ -274,13 +274,14 @@ def closing_generator(
     """Turn a generator function into a context manager that always closes the generator on exit.
 
     After an exception, a suspended generator lives as long as the traceback, which notebooks keep. The model would
-    remain in evaluation mode, with hooks and without gradients.
+    remain in evaluation mode, with hooks and without gradients. Whether gradients are computed is restored separately,
+    because ``zip`` of two generators ends the first before the second, which was started without gradients.
     """
 
     @wraps(generator)
     @contextmanager
     def opened(*args: _P.args, **kwargs: _P.kwargs) -> Iterator[Iterator[_T]]:
-        with closing(generator(*args, **kwargs)) as items:
+        with torch.set_grad_enabled(torch.is_grad_enabled()), closing(generator(*args, **kwargs)) as items:
             yield items
 
     return opened

@@ -41,6 +41,8 @@ PROBE_ROWS, PROBE_TOKENS = 2, 8
 SPLICES = ("spliced_before", "spliced_after")
 """Names of the children of a block that hold the modules spliced in before and after it."""
 
+_LATER_TOKENS = 1e-3  # largest change of the logits, relative to the largest logit, that may be rounding
+
 _FRAMES = 64  # of audio, where the configuration does not specify the number
 _SAMPLES = 4000
 
@@ -193,6 +195,36 @@ def probe_logits(model: Any, inputs: dict[str, Tensor] | None = None) -> Tensor:
     if not torch.isfinite(logits).all():
         raise ProbeFailedError("its logits are not finite")
     return logits
+
+
+def refuse_later_tokens(model: nn.Module, action: str) -> None:
+    """Raise StreamlineError if the logits of a token depend on later tokens, as in BERT without ``is_decoder=True``.
+
+    A model with a module that Transformers marks as causal is accepted. Others are run twice on the probe inputs, which
+    differ in the last token; a model that accepts no token ids or cannot be probed is accepted.
+    """
+    if not saves_itself(model) or any(getattr(module, "is_causal", None) is True for module in model.modules()):
+        return
+    with isolated_inference(model):
+        try:
+            inputs = choose_probe_inputs(model)
+            ids = inputs.get("input_ids")
+            if ids is None or "decoder_input_ids" in inputs:
+                return
+            changed = ids.clone()
+            changed[:, -1] = ids[:, 0]
+            before, after = (probe_logits(model, {**inputs, "input_ids": tokens}) for tokens in (ids, changed))
+        except ProbeFailedError:
+            return
+    if before.shape[:2] != ids.shape:
+        return
+    difference = (after - before)[:, :-1].abs().max()
+    if difference > _LATER_TOKENS * before.abs().max():
+        raise StreamlineError(
+            f"The logits of {type(model).__name__} depend on later tokens, also on the one that they predict, so it is "
+            f"no causal language model. {action} needs one. Load the model with is_decoder=True (BERT and similar "
+            "models) or causal=True (XLM) if it was trained so; otherwise compare its outputs with agreement."
+        )
 
 
 def run_probe(model: Any, inputs: dict[str, Any]) -> Any:

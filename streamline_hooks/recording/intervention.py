@@ -84,15 +84,16 @@ class Intervention:
         the shape (batch, tokens), and integers number the real tokens of each sequence, negative ones from its end.
     steps : {"all", "prefill", "decode"} or iterable of int
         Forward passes to change. The prefill is step 0: a pass without cached tokens. Each following pass with cached
-        tokens is a further step. A mask or integers as `tokens` require steps without cached tokens.
+        tokens is a further step and has one token per sequence. A mask or integers as `tokens` require steps without
+        cached tokens.
     stack, probe : optional
         See `HiddenStateRecorder`.
 
     Raises
     ------
     StreamlineError
-        If an argument is invalid, the model is compiled, a value does not fit into its site, or, when it is closed, an
-        edit was not applied although the model ran.
+        If an argument is invalid, the model is compiled, a value does not fit into its site, `steps` is set and a pass
+        runs several tokens after cached ones, or, when it is closed, an edit was not applied although the model ran.
     UnsupportedSurgery
         When it is opened: if a site cannot be read or changed. In the first call of a block: if the changed
         contributions do not sum to its output.
@@ -194,6 +195,8 @@ class Intervention:
             self._refuse(number)
             return None
         self._require_one_pending_pass(edits)
+        if self._steps != "all" and self._passes.cached and not state.is_nested:
+            self._require_one_token(access.by_token(state).shape[1])
         if not self._is_selected_step():
             return None
         if state.is_nested:
@@ -232,6 +235,14 @@ class Intervention:
             "without states or Patch with several), and with a cache steps='all' and tokens of 'all', 'real' or "
             "'last'. Change it, or run the model without torch.compile."
         )
+
+    def _require_one_token(self, tokens: int) -> None:
+        if tokens > 1:
+            raise StreamlineError(
+                f"A forward pass runs {tokens} tokens after {self._passes.cached} cached ones: a part of a prompt, or "
+                f"a check of drafted tokens, so its step is unknown. steps={self._steps!r} expects one token in each "
+                "pass with a cache. Run the prompt in one pass without assisted generation, or omit steps."
+            )
 
     def _is_selected_step(self) -> bool:
         if self._steps == "all":

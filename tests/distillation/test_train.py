@@ -431,6 +431,11 @@ def test_states_that_are_known_already_give_the_same_and_others_are_refused() ->
             later = Student(model, [(range(3, 4), LinearReplacement(32))])
             later.teacher_cache = other.teacher_cache
             train(later, BATCHES, VALIDATION, QUICK)
+        taught = Student(model, [(range(2, 4), LinearReplacement(32))], teacher=tiny_model("llama"))
+        for wrong in (student_of(tiny_model("llama"))[0], taught):
+            wrong.teacher_cache = other.teacher_cache
+            with pytest.raises(StreamlineError, match=r"another model.*those of the LlamaForCausalLM of this student"):
+                train(wrong, BATCHES, VALIDATION, QUICK)
 
 
 def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def trainings(folder: Path) -> dict[str, Any]:
     found = {"whole": outcome(), "head": outcome(made=with_head())}
     with few_tokens_at_a_time():
         found |= {"whole, by token": outcome(), "head, by token": outcome(made=with_head())}
-    with cache_teacher_states(tiny_model("llama"), BATCHES, 1, after=[BEST]) as states:
-        made = student()
+    made = student()
+    with cache_teacher_states(made.model, BATCHES, 1, after=[BEST]) as states:
         made.teacher_cache = states
         found["taught"] = outcome(made=made)
     found["patience"] = outcome(replace(SETTINGS, learning_rate=3.0, patience=1, validations=4))

@@ -189,6 +189,19 @@ def test_steps_of_generation(steps: Any, changed: list[int], cache: str | None) 
     assert visits[0][:, 0].any() and visits[0][0, :-1].any()
 
 
+@pytest.mark.parametrize("steps", ["prefill", "decode", [1]])
+def test_steps_of_a_prompt_in_parts_are_refused(steps: Any) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad(), Intervention(model, {("mlp.output", 1): Zero()}, steps=steps):
+        cache = model(IDS[:, :4], use_cache=True).past_key_values
+        with pytest.raises(StreamlineError, match=r"runs 3 tokens after 4 cached ones.*omit steps"):
+            model(IDS[:, 4:7], past_key_values=cache)
+        model.generate(IDS[:, :4], max_new_tokens=3)
+    with Intervention(model, {("mlp.output", 1): Zero()}, tokens="last"):
+        cache = model(IDS[:, :4], use_cache=True).past_key_values
+        model(IDS[:, 4:7], past_key_values=cache)
+
+
 def test_a_step_equals_a_longer_prompt() -> None:
     """Steering every decoded token, with a cache, gives the logits of the whole text with these tokens steered."""
     model, vector, prompt = tiny_model("llama"), torch.randn(WIDTH), IDS[:1, :6]

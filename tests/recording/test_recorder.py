@@ -436,3 +436,13 @@ def test_states_that_were_not_recorded_are_refused() -> None:
             batch.leaving(3)
         with pytest.raises(StreamlineError, match=r"'block\.input' is not recorded.*block\.output, attention\.output"):
             batch.entering(1)
+
+
+def test_two_recorders_in_one_zip_leave_gradients_enabled() -> None:
+    """The first recorder ends before the second, which was started without gradients."""
+    models = [tiny_model("llama").train() for _ in range(2)]
+    first, second = (HiddenStateRecorder(model, [1]).over([tokens(2, 5)] * 2) for model in models)
+    with first as runs, second as others:
+        pairs = [(torch.is_grad_enabled(), a.real.shape, b.real.shape) for a, b in zip(runs, others, strict=False)]
+    assert pairs == [(False, (2, 5), (2, 5))] * 2
+    assert torch.is_grad_enabled() and all(module.training for model in models for module in model.modules())
