@@ -5,9 +5,10 @@
 
 The folders are clones of RUCKBReasoning/LLM-Streamline and mts-ai/ReplaceMe, which are not part of this repository.
 Their functions run unchanged, with the following exceptions. LLM-Streamline: the text replaces SlimPajama; the block
-gets rotary positions, which Transformers passes to it since 4.48; batches have 2 sequences of 2,048 tokens, because
-200,000 tokens are less than one of its batches of 128. Its block is trained without a causal mask, as in its code.
-It replaces one block more than are removed by one block. ReplaceMe: the text replaces its datasets; sums are on the CPU
+gets rotary positions, which Transformers passes to it since 4.48; a step has 2 sequences of 2,048 tokens in two parts,
+because 200,000 tokens are less than one of its batches of 128. With two parts, its cosine schedule, whose length is
+half of the number of parts, ends at the lowest rate. Its block is trained without a causal mask, as in its code. It
+replaces one block more than are removed by one block. ReplaceMe: the text replaces its datasets; sums are on the CPU
 instead of ``cuda``; packages that its least squares do not use are replaced by stand-ins; its distances are saved as
 Python numbers; its model is saved in bfloat16 and scored in float32. Each project chooses its own window. The rows are
 saved in the file of `benchmarks.retained_quality`.
@@ -33,11 +34,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from benchmarks.real_text import arguments
 from benchmarks.retained_quality import Bench, Run
+from benchmarks.short_answers import products
 from benchmarks.training_text import training_text
 from streamline_hooks.checkpoint import load_pretrained
 
 LENGTH = 2048  # tokens of a sequence in LLM-Streamline's code
-BATCH = 2
+BATCH, PARTS = 1, 2  # sequences of each forward pass, and forward passes of each step
 MISSING = ("colorama", "termcolor", "torchmin")  # packages that ReplaceMe imports and that are not needed here
 
 
@@ -59,7 +61,8 @@ def main() -> None:
     for name, folder, compress in projects:
         run = Run(name, options.removed, options.tokens, options.seed)
         bench.read()
-        if folder is None or run.key in bench.content["rows"]:
+        done = bench.content["rows"].get(run.key)
+        if folder is None or (done is not None and ("final" in done or not options.final)):
             continue
         text = training_text(options.data, bench.tokenizer, run.tokens, run.seed, left_out=run.left_out)
         began = time.process_time()
@@ -74,7 +77,7 @@ def main() -> None:
             "window": window,
             "training": None,
             "minutes": (time.process_time() - began) / 60,
-            "products": "float32",
+            "products": products(),
             "development": bench.score_development(model, run, text),
         }
         bench.store("rows", run.key, row | ({"final": bench.score_final(model)} if options.final else {}))
@@ -98,7 +101,7 @@ def streamline(
         model.set_attn_implementation("eager")  # without a mask it attends to all tokens, as in the published code
         count = len(train) * train.shape[1] // LENGTH
         numbers = {"cosine_num_data": min(50, count - 1), "train_num_data": count, "batch_size": BATCH, "epochs": 1}
-        rates = {"lr": 2e-4, "min_lr": 5e-5, "wd": 1e-3, "gradient_accumulation_step": 1}
+        rates = {"lr": 2e-4, "min_lr": 5e-5, "wd": 1e-3, "gradient_accumulation_step": PARTS}
         block, first = training.lightweight_model_train(
             model, tokenizer, "cpu", run.removed + 1, layers, **numbers, **rates, config=config, model_name="llama"
         )

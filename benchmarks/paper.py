@@ -67,8 +67,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     show_log()
-    file = RESULTS / f"paper_{Path(options.model).stem}.json"
-    content = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    file = RESULTS / f"paper_{Path(options.model).name.removesuffix('.gguf')}.json"
+    scored = {name: getattr(options, name) for name in ("tasks", "items", "seed", "dtype")}
+    content = json.loads(file.read_text()) if file.exists() else {"rows": {}, "scored": scored}
+    if content["scored"] != scored:
+        parser.error(f"{file} has rows with {content['scored']}, not {scored}; pass the same values or remove it")
     content["machine"] = machine()
     loading = LoadingConfig(device=options.device, dtype=options.dtype)
     model, tokenizer = load_pretrained(options.model, loading=loading)
@@ -87,7 +90,8 @@ def main() -> None:
     if ORIGINAL not in content["rows"]:
         add(ORIGINAL, model)
     for preset in options.presets.split(","):
-        name = f"{preset}, {options.removed:.0%} removed, {options.tokens:,} tokens"
+        length = options.sequence_length
+        name = f"{preset}, {options.removed:.0%} removed, {options.tokens:,} tokens in sequences of {length:,}"
         if name in content["rows"]:
             continue
         text = split_documents(

@@ -8,17 +8,20 @@ which the seed determines (`LEFT_OUT`), so that each row has scores on known and
 on the same text by a verified shortlist. For the choice between recipes, a row has the KL divergence from the original
 on validation documents and on documents of the left-out domain, both from the training text, and synthetic problems of
 the development draw. With ``--final`` it also has the KL divergence and perplexity on the held-out text of each domain,
-and problems, last words and multiple-choice questions of another draw, from which no choice may be made. The recipe
+and problems, last words and multiple-choice questions of another draw, from which no choice may be made. Short
+problems occur in both draws (up to a quarter of the arithmetic), but never in the training text. The recipe
 `control` trains the blocks from the cut on in the original without removing any. A row without final scores is trained
 again for them, so pass ``--final`` at once to rows that need both.
 
-Minutes are CPU time on one thread. Each row is saved to ``benchmarks/results/retained_quality.json`` (of another model:
-``retained_quality_NAME``) when it is finished, and the table to the same name with ``.md``. Several processes may make
-different rows of one file at the same time. Interrupted training runs are resumed.
+Minutes are CPU time on one thread, without the choice of the blocks. Each row is saved to
+``benchmarks/results/retained_quality.json`` (of another model: ``retained_quality_NAME``) when it is finished, and the
+table to the same name with ``.md``. Several processes may make different rows of one file at the same time. Interrupted
+training runs are resumed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import statistics
 import tempfile
@@ -29,7 +32,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import benchmarks.losses  # noqa: F401 (registers the losses of recipes)
@@ -61,6 +65,7 @@ from streamline_hooks.evaluation import (
     PairedScores,
     Perplexity,
     compare_logits,
+    paired_bootstrap,
     perplexity,
     relative_accuracy,
     run_paired,
@@ -106,8 +111,8 @@ class Recipe:
     muon : bool
         Whether matrices are trained by `benchmarks.muon` instead of AdamW.
     sequence : int, optional
-        Tokens of each training sequence; by default those of all other sequences. It does not change the number of
-        training tokens.
+        Tokens of each training sequence, into which the same training text is divided; by default those of all other
+        sequences.
     repeated : float
         Fraction of the training sequences whose second half is replaced by their first half.
     branches : mapping of str to int
@@ -154,9 +159,9 @@ RECIPES: dict[str, Recipe] = {
     "KL of damaged tokens": Recipe(distillation=replace(SETTINGS, loss={"damaged_tokens": 1.0, "lm": 1.0})),
     "a quarter repeats passages": Recipe(repeated=0.25),
     "half repeats passages": Recipe(repeated=0.5),
-    "attention and MLP of 8 blocks each": Recipe(branches={"attention": 8, "mlp": 8}),  # the weights of 8 blocks
-    "MLP of 11 blocks": Recipe(branches={"mlp": 11}),  # the weights of 8.2 blocks
-    "attention of 16 blocks": Recipe(branches={"attention": 16}),  # the weights of 4 blocks
+    "attention and MLP of 8 blocks each": Recipe(branches={"attention": 8, "mlp": 8}),
+    "MLP of 11 blocks": Recipe(branches={"mlp": 11}),
+    "attention of 16 blocks": Recipe(branches={"attention": 16}),
     "sequences of 256": Recipe(sequence=256),
     "sequences of 1024": Recipe(sequence=1024),
 }
@@ -181,6 +186,7 @@ def main() -> None:
         for seed in map(int, options.seeds.split(","))
         for name in options.recipes.split(",")
     ):
+        removed = 0 if RECIPES[name].branches else removed
         bench.row(Run(name, removed, tokens, seed), options.final)
     print(table(bench.content))
 
@@ -210,12 +216,13 @@ class Bench:
     def __init__(self, options: Any) -> None:
         self.data, self.source = options.data, options.model
         is_default = options.model == "smollm2"
-        self.file = FILE if is_default else FILE.with_name(f"{FILE.stem}_{Path(options.model).stem}.json")
-        self.original, self.tokenizer = load_pretrained(options.model)
-        self.model = load_pretrained(options.model)[0]
+        name = Path(options.model).name.removesuffix(".gguf")
+        self.file = FILE if is_default else FILE.with_name(f"{FILE.stem}_{name}.json")
+        self.original, self.tokenizer = load_pretrained(options.model, torch.float32)
+        self.model = load_pretrained(options.model, torch.float32)[0]
         self.stack = find_stack(self.model)
         self.content: dict[str, Any] = {"blocks": {}, "originals": {}, "rows": {}}
-        self.content |= {"machine": machine(), "model": Path(options.model).stem, "length": len(self.stack)}
+        self.content |= {"machine": machine(), "model": name, "length": len(self.stack)}
         self.tasks: dict[str, ScoredTasks] = {}
         self.shared = SharedStates()
 
@@ -227,12 +234,14 @@ class Bench:
                 self.content[part] |= stored[part]
 
     def store(self, part: str, name: str, value: Any) -> None:
-        """Add a value to a part of the file, and write the table."""
-        self.read()
-        self.content[part][name] = value
-        write(self.file, self.content)
-        if self.content["rows"]:
-            self.file.with_suffix(".md").write_text(table(self.content))
+        """Add a value to a part of the file, and write the table, while no other process does."""
+        with (self.work_folder() / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
+            self.content[part][name] = value
+            write(self.file, self.content)
+            if self.content["rows"]:
+                self.file.with_suffix(".md").write_text(table(self.content))
 
     def row(self, run: Run, final: bool) -> None:
         """Make a row, unless it is finished."""
@@ -246,23 +255,21 @@ class Bench:
         """Repair the model and score it."""
         recipe = RECIPES[run.recipe]
         text = training_text(self.data, self.tokenizer, max(run.tokens, 20 * SEQUENCE), run.seed, left_out=run.left_out)
-        text = replace(text, train=text.train[: run.tokens // SEQUENCE])
+        count = run.tokens // SEQUENCE
+        text = replace(text, train=text.train[:count], domains=text.domains[:count])
         window = self.window(run, text)
         if recipe.sequence is not None:
-            other = training_text(
-                self.data, self.tokenizer, run.tokens, run.seed, left_out=run.left_out, sequence=recipe.sequence
-            )
-            text = replace(text, train=other.train)
+            text = replace(text, train=divided(text, recipe.sequence))
         if recipe.repeated:
             split = TokenSplit(text.train, text.validation, text.validation, fingerprint="")
             text = replace(text, train=with_repeated_passages(split, recipe.repeated).calibration)
         began, is_resumed = time.process_time(), self.training_file(run).exists()
-        student = self.student(recipe, run, window, text)
-        report, saved = None, 0.0
+        student, choosing = self.student(recipe, run, window, text)
+        report, saved = None, -choosing
         if recipe.distillation is not None:
             if not (recipe.distillation.objective.needs_states or recipe.branches or recipe.quantized):
                 key = (run.seed, run.tokens, recipe.sequence, recipe.repeated, student.start)
-                saved = self.shared.give(student, split_into_batches(text.train, 1), key)
+                saved += self.shared.give(student, split_into_batches(text.train, 1), key)
             with muon_instead_of_adamw() if recipe.muon else nullcontext():
                 trained = train(
                     student,
@@ -278,13 +285,15 @@ class Bench:
             report = trained.report()
         minutes = None if is_resumed else (time.process_time() - began + saved) / 60
         with self.changed_model(recipe, student) as model:
+            weights = sum(p.numel() for p in find_stack(model).container.parameters()) - unused_weights(model)
             row = {
                 "recipe": run.recipe,
-                "removed": run.removed if recipe.removes else 0,
+                "removed": run.removed if recipe.removes and not recipe.branches else 0,
                 "tokens": run.tokens,
                 "seed": run.seed,
                 "left_out": run.left_out,
                 "window": None if recipe.branches else [window.start, window.stop],
+                "kept": weights / sum(p.numel() for p in find_stack(self.original).container.parameters()),
                 "training": report,
                 "minutes": minutes,
                 "products": products(),
@@ -304,7 +313,7 @@ class Bench:
             with student.applied():
                 yield student.model
             return
-        model = load_pretrained(self.source)[0]
+        model = load_pretrained(self.source, torch.float32)[0]
         student.add_adapters_to(model)
         with LayerSurgeon(model) as surgeon:
             for window, module in student.replacement_modules:
@@ -321,18 +330,23 @@ class Bench:
             self.store("blocks", key, [chosen.start, chosen.stop])
         return range(*self.content["blocks"][key])
 
-    def student(self, recipe: Recipe, run: Run, window: range, text: TrainingText) -> Student:
-        """Return the student before training; for the control, the original with the same trained blocks."""
+    def student(self, recipe: Recipe, run: Run, window: range, text: TrainingText) -> tuple[Student, float]:
+        """Return the student before training and the CPU seconds that the choice of branches took.
+
+        For the control it is the original with the same trained blocks.
+        """
         if recipe.branches:
             assert recipe.healing is not None
-            model = load_pretrained(self.source)[0]
+            model = load_pretrained(self.source, torch.float32)[0]
+            began = time.process_time()
             first = zero_branches(model, recipe.branches, text)
             healing = replace(recipe.healing, where="last", count=len(self.stack) - first)
-            return student_of(find_stack(model), [], healing, seed=run.seed, teacher=self.original)
+            student = student_of(find_stack(model), [], healing, seed=run.seed, teacher=self.original)
+            return student, time.process_time() - began
         if not recipe.removes:
             assert recipe.healing is not None
             healing = replace(recipe.healing, where="last", count=len(self.stack) - window.start)
-            return student_of(self.stack, [], healing, seed=run.seed)
+            return student_of(self.stack, [], healing, seed=run.seed), 0.0
         model = quantized(self.original) if recipe.quantized else self.model
         stack = find_stack(model)
         share = 1.0 if recipe.distillation is None else STARTING
@@ -340,7 +354,7 @@ class Bench:
         fit, held_out = (split_into_batches(part, 4) for part in split_held_out(rows))
         with fast_products(model):
             (repair,) = fit_windows(model, [window], recipe.repair, fit, held_out)
-        return student_of(stack, [(window, repair.replacement_module)], recipe.healing, seed=run.seed)
+        return student_of(stack, [(window, repair.replacement_module)], recipe.healing, seed=run.seed), 0.0
 
     def score_development(self, model: nn.Module, run: Run, text: TrainingText) -> dict[str, Any]:
         """Score a model on what may be used for choices."""
@@ -402,10 +416,13 @@ class Bench:
             self.store("originals", name, known)
         return float(known[domain])
 
-    def training_file(self, run: Run) -> Path:
+    def work_folder(self) -> Path:
         folder = ROOT / "build" / self.file.stem
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{run.key.replace(' ', '')}.training"
+        return folder
+
+    def training_file(self, run: Run) -> Path:
+        return self.work_folder() / f"{run.key.replace(' ', '')}.training"
 
 
 def quantized(model: Any) -> Any:
@@ -414,6 +431,32 @@ def quantized(model: Any) -> Any:
         model.save_pretrained(folder)
         settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).eval()
+
+
+def divided(text: TrainingText, sequence: int) -> Tensor:
+    """Return the training text in sequences of another length; several sequences are joined within their domain.
+
+    The sequences of a domain follow each other in `TrainingText.train` in the order of the domain's text.
+    """
+    rows, length = text.train, text.train.shape[1]
+    if sequence <= length:
+        return rows.reshape(-1, sequence)
+    joined = []
+    for domain in text.domains.unique():
+        own = rows[text.domains == domain]
+        joined.append(own[: len(own) // (sequence // length) * (sequence // length)].reshape(-1, sequence))
+    positions = torch.cat([torch.linspace(0, 1, len(own) + 2)[1:-1] for own in joined])
+    return torch.cat(joined)[positions.argsort(stable=True)]
+
+
+def unused_weights(model: nn.Module) -> int:
+    """Return the number of weights in the children of blocks whose outputs a zeroed projection removes."""
+    children = (child for block in find_stack(model) for child in block.children())
+    return sum(
+        sum(p.numel() for p in child.parameters())
+        for child in children
+        if any(p.ndim > 1 and not p.any() for p in child.parameters())
+    )
 
 
 def zero_branches(model: nn.Module, counts: Mapping[str, int], text: TrainingText) -> int:
@@ -493,7 +536,9 @@ def agreement(model: nn.Module, original: nn.Module, batches: Sequence[Any]) -> 
 def table(content: Mapping[str, Any]) -> str:
     """Return the rows as Markdown, by number of removed blocks and of training tokens."""
     groups: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
-    for run, row in ((_run_of(key), row) for key, row in content["rows"].items()):
+    for run, row in sorted(
+        ((_run_of(key), row) for key, row in content["rows"].items()), key=lambda pair: pair[0].seed
+    ):
         groups.setdefault((run.removed, run.tokens), {}).setdefault(run.recipe, []).append(row)
     lines = [
         f"{content['model']}. Each recipe is trained without one domain per seed; *known* and *unknown* are the "
@@ -502,11 +547,16 @@ def table(content: Mapping[str, Any]) -> str:
         "accuracy above chance, over tasks on which the original is clearly above chance; *accuracy* is the ratio of "
         f"mean accuracies in classification. pass@k is the retained fraction, above guessing, of the probability that "
         f"one of k sampled answers to a problem is right, from {SAMPLES} answers to each of {SAMPLED} problems per "
-        "kind. Intervals are 95 % bootstrap intervals over items. Minutes are CPU time of "
-        "one thread for fit and training.",
+        "kind. Columns of perplexity are ratios to that of the original. Intervals are 95 % bootstrap intervals over "
+        "questions, passages and sets of problems with the same examples; they do not include the variance over seeds, "
+        "each of which also leaves out another domain. Columns with *against best* are differences over the seeds that "
+        "both rows have. *Kept weights* are those of the blocks with replacements, as a fraction of the original's "
+        "blocks. Known text includes WikiText, which is tokenized in the training text and raw in the held-out text. "
+        "Minutes are CPU time of one thread for fit and training, without the choice of the blocks.",
     ]
     for (removed, tokens), rows in sorted(groups.items(), reverse=True):
-        title = f"{removed} of {content['length']} blocks, {tokens:,} training tokens"
+        what = f"{removed} of {content['length']} blocks" if removed else "Branches instead of blocks"
+        title = f"{what}, {tokens:,} training tokens"
         finals = {name: [row for row in own if "final" in row] for name, own in rows.items()}
         finals = {name: own for name, own in finals.items() if own}
         if finals:
@@ -518,8 +568,8 @@ def table(content: Mapping[str, Any]) -> str:
 
 def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        "| recipe | seeds | KL, known | KL, unknown | by seed | problems | validation KL | minutes |",
-        f"|{'---|' * 8}",
+        "| recipe | seeds | KL, known | KL, unknown | by seed | against best | problems | validation KL | minutes |",
+        f"|{'---|' * 9}",
     ]
     kl = {name: statistics.fmean(row["development"]["kl"]["unseen"] for row in own) for name, own in rows.items()}
     for name in sorted(rows, key=kl.__getitem__):
@@ -528,7 +578,10 @@ def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[
         problems = relative_accuracy(paired_scores(content, own, "development"), clearly=CLEARLY)["generation"]
         losses = [v["distance"] for row in own if row["training"] for v in [_best_validation(row)]]
         cells = [name, _seeds(own), f"{statistics.fmean(known):.3f}", f"{kl[name]:.3f}"]
-        cells += [", ".join(f"{nats:.3f}" for nats in unknown), _estimate(problems.above_chance)]
+        cells.append(", ".join(f"{nats:.3f}" for nats in unknown))
+        mine, best = _with_same_seeds(name, rows)
+        by_row = [[row["development"]["kl"]["unseen"] for row in side] for side in (mine, best)]
+        cells += [_difference(*by_row, ".3f") if best else "", _estimate(problems.above_chance)]
         cells += [f"{statistics.fmean(losses):.3f}" if losses else "", _minutes(own)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -536,21 +589,21 @@ def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[
 
 def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        "| recipe | seeds | KL, known | KL, unknown | perplexity, known | perplexity, unknown | classification "
-        f"| accuracy | generation | by seed | {' | '.join(f'pass@{k}' for k in PASS_AT)} | minutes |",
-        f"|{'---|' * (11 + len(PASS_AT))}",
+        "| recipe | seeds | kept weights | KL, known | KL, unknown | against best | perplexity, known | perplexity, "
+        "unknown | classification | accuracy | generation | against best | by seed "
+        f"| {' | '.join(f'pass@{k}' for k in PASS_AT)} | minutes |",
+        f"|{'---|' * (14 + len(PASS_AT))}",
     ]
     for name, own in rows.items():
-        cells = [name, _seeds(own)]
+        mine, best = _with_same_seeds(name, rows)
+        kept = [row["kept"] for row in own if "kept" in row]
+        cells = [name, _seeds(own), f"{statistics.fmean(kept):.1%}" if kept else ""]
         for column, digits in (("kl", 3), ("perplexity_ratio", 2)):
-            for unknown in (False, True):
-                values = [
-                    score[column]
-                    for row in own
-                    for domain, score in row["final"]["text"].items()
-                    if (domain == row["left_out"]) == unknown
-                ]
-                cells.append(f"{statistics.fmean(values):.{digits}f}")
+            cells += [f"{statistics.fmean(_by_domain(own, column, unknown)):.{digits}f}" for unknown in (False, True)]
+            if column == "kl":
+                cells.append(
+                    _difference(*(_by_domain(side, "kl", True) for side in (mine, best)), ".3f") if best else ""
+                )
         scores = relative_accuracy(paired_scores(content, own, "final"), clearly=CLEARLY)
         classification, generation = scores["classification"], scores["generation"]
         by_seed = [
@@ -559,6 +612,10 @@ def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, A
         ]
         cells += [_estimate(classification.above_chance), _estimate(classification.ratio)]
         cells.append(_estimate(generation.above_chance))
+        cells.append("")
+        if best:
+            pair = (paired_scores(content, side, "final") for side in (mine, best))
+            cells[-1] = _estimate(paired_bootstrap(*pair, clearly=CLEARLY)["generation"].above_chance)
         cells.append(", ".join("-" if s.above_chance is None else f"{s.above_chance.value:.0%}" for s in by_seed))
         cells += [
             _estimate(relative_accuracy(paired_samples(content, own, k), clearly=CLEARLY)["generation"].above_chance)
@@ -566,6 +623,29 @@ def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, A
         ]
         lines.append(f"| {' | '.join([*cells, _minutes(own)])} |")
     return lines
+
+
+def _with_same_seeds(
+    name: str, rows: Mapping[str, list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of a recipe and those of `best` with the same seeds; none if it is `best` or shares no seed."""
+    seeds = {row["seed"] for row in rows.get("best", []) if name != "best"} & {row["seed"] for row in rows[name]}
+    mine, best = ([row for row in rows[key] if row["seed"] in seeds] if seeds else [] for key in (name, "best"))
+    return mine, best
+
+
+def _by_domain(rows: Sequence[dict[str, Any]], column: str, unknown: bool) -> list[float]:
+    """Return the scores on the held-out text of the domains without (`unknown`) or with training text."""
+    return [
+        score[column]
+        for row in rows
+        for domain, score in row["final"]["text"].items()
+        if (domain == row["left_out"]) == unknown
+    ]
+
+
+def _difference(values: Sequence[float], other: Sequence[float], digits: str) -> str:
+    return f"{statistics.fmean(values) - statistics.fmean(other):+{digits}}"
 
 
 def _best_validation(row: Mapping[str, Any]) -> dict[str, float]:

@@ -29,11 +29,14 @@ class TrainingText:
         Sequences of other documents.
     shares : dict of str to int
         Training tokens by domain.
+    domains : torch.Tensor
+        Number of the domain of each training sequence.
     """
 
     train: Tensor
     validation: Tensor
     shares: dict[str, int]
+    domains: Tensor
 
 
 def training_text(
@@ -44,7 +47,6 @@ def training_text(
     *,
     left_out: str = "",
     only: str = "",
-    sequence: int = SEQUENCE,
 ) -> TrainingText:
     """Return training text with equal numbers of tokens of each domain in ``text/train``, or of all but one, or of one.
 
@@ -59,7 +61,7 @@ def training_text(
     paths = sorted(path for path in _texts(data, "train") if path.stem != left_out and only in ("", path.stem))
     if not paths:
         raise SystemExit(f"{data / 'text' / 'train'} has no domain {only!r}. Expected the name of a file without .txt.")
-    wanted = tokens // sequence
+    wanted = tokens // SEQUENCE
     counts = [wanted // len(paths) + (k < wanted % len(paths)) for k in range(len(paths))]
     rows_by_domain = {}
     for path, count in zip(paths, counts, strict=True):
@@ -69,21 +71,22 @@ def training_text(
             documents,
             tokenizer,
             seed=seed,
-            sequence_length=sequence,
-            calibration_tokens=max(1, count) * sequence,
+            sequence_length=SEQUENCE,
+            calibration_tokens=max(1, count) * SEQUENCE,
             validation_tokens=VALIDATION,
-            test_tokens=sequence,
+            test_tokens=SEQUENCE,
         )
-        if len(split.calibration) < count or len(split.validation) < VALIDATION // sequence:
+        if len(split.calibration) < count or len(split.validation) < VALIDATION // SEQUENCE:
             raise SystemExit(
-                f"{path} has {split.calibration.numel():,} training tokens. Expected at least {count * sequence:,}."
+                f"{path} has {split.calibration.numel():,} training tokens. Expected at least {count * SEQUENCE:,}."
             )
         rows_by_domain[path.stem] = split.calibration[:count], split.validation
     positions = [torch.linspace(0, 1, len(rows) + 2)[1:-1] for rows, _ in rows_by_domain.values()]
     order = torch.cat(positions).argsort(stable=True)
     train = torch.cat([rows for rows, _ in rows_by_domain.values()])[order]
+    domains = torch.cat([torch.full((len(rows),), k) for k, (rows, _) in enumerate(rows_by_domain.values())])[order]
     shares = {name: rows.numel() for name, (rows, _) in rows_by_domain.items()}
-    return TrainingText(train, torch.cat([validation for _, validation in rows_by_domain.values()]), shares)
+    return TrainingText(train, torch.cat([rows for _, rows in rows_by_domain.values()]), shares, domains)
 
 
 def paragraphs(text: str) -> set[str]:

@@ -57,6 +57,8 @@ def test_each_preset_is_measured_once_on_a_copy(calls: list[Any], monkeypatch: p
     assert ffn.distillation.gradient_accumulation_steps == layer.distillation.gradient_accumulation_steps == 2
     assert ffn.data.fitting_tokens == 4096 and none.distillation is None
     assert all(config.target.fraction == 0.25 for _, config in calls)
+    with pytest.raises(SystemExit):  # other questions in the same file
+        run(monkeypatch, "--tokens", "4096", "--items", "50")
 
 
 @pytest.mark.usefixtures("calls")
@@ -64,5 +66,5 @@ def test_the_table_compares_with_the_published_scores_of_the_same_tasks(monkeypa
     run(monkeypatch, "--presets", "none")
     text = (paper.RESULTS / "paper_small.md").read_text()
     assert "| models/small | boolq | piqa | mean | retained |" in text
-    assert "| none, 25% removed, 61,440,000 tokens | 25.0% | 25.0% | 25.0% | 50.0% |" in text
+    assert "| none, 25% removed, 61,440,000 tokens in sequences of 2,048 | 25.0% | 25.0% | 25.0% | 50.0% |" in text
     assert "| Llama-2-4.7B, by LLM-Streamline | 74.7% | 74.7% | 96.1% |" in text

@@ -114,7 +114,7 @@ def test_the_same_minutes_are_as_many_tokens_as_they_allow() -> None:
 def test_own_text_is_all_or_every_other_sequence(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: Any = Bench.__new__(Bench)
     made.options, made.tokenizer = SimpleNamespace(data=None), None
-    documents = TrainingText(torch.zeros(20, 512), torch.zeros(2, 512), {})
+    documents = TrainingText(torch.zeros(20, 512), torch.zeros(2, 512), {}, torch.zeros(20))
     monkeypatch.setattr(quality_generation, "training_text", lambda *given: documents)
     made.own_text = lambda sequences, run: (torch.ones(sequences, 512), 1.5)
     text, minutes = made.text(which, Run("best", 8, 5 * 512))
@@ -325,7 +325,10 @@ def test_rounds_that_were_broken_off_are_gone_on_with(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(quality_generation, "compress", rounds)
     made.scored = lambda *given: given[-1]
-    run, text = Run("in two rounds", 8, 1000), TrainingText(torch.zeros(4, 512), torch.zeros(2, 512), {})
+    run, text = (
+        Run("in two rounds", 8, 1000),
+        TrainingText(torch.zeros(4, 512), torch.zeros(2, 512), {}, torch.zeros(4)),
+    )
     assert made.make_in_rounds(run, RECIPES[run.recipe], text)["train"] is not None
     made.file_of(run, "training.round-1").touch()
     assert made.make_in_rounds(run, RECIPES[run.recipe], text)["train"] is None

@@ -33,7 +33,7 @@ def texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     read: list[dict[str, Any]] = []
     tokenizer = train_tokenizer([f"{TEXT[k:]} {TEXT}" for k in range(60)], 300)
 
-    def load(name: str) -> tuple[nn.Module, Any]:
+    def load(name: str, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
         torch.manual_seed(0)
         small = new_model(Recipe(width=64, blocks=5, heads=2, vocabulary=300, sequence=64)).eval()
         with torch.no_grad():
@@ -44,7 +44,7 @@ def texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     def text(data: Path, tokenizer: Any, tokens: int, seed: int = 0, **options: Any) -> TrainingText:
         read.append({"seed": seed, **options})
         ids = torch.randint(3, 300, (24, 32), generator=torch.Generator().manual_seed(seed))
-        return TrainingText(ids[:20], ids[20:], {})
+        return TrainingText(ids[:20], ids[20:], {}, torch.arange(20) % 2)
 
     def heldout(*_: Any) -> dict[str, Any]:
         batch = {"input_ids": torch.arange(3, 35).view(1, -1), "attention_mask": torch.ones(1, 32, dtype=torch.long)}
@@ -147,16 +147,21 @@ def _row(seed: int, right: Mapping[str, str], unknown: float) -> dict[str, Any]:
 def test_the_table_separates_known_and_unknown_text() -> None:
     original = {"copa": "1" * 90 + "0" * 10, "copying": "1" * 80 + "0" * 20, "last word": "1" * 50 + "0" * 50}
     half = {"copa": "1" * 70 + "0" * 30, "copying": "1" * 40 + "0" * 60, "last word": "1" * 25 + "0" * 75}
-    rows = {"best | 8 | 1024 | 0": _row(0, half, 0.9), "best | 8 | 1024 | 1": _row(1, half, 0.7)}
+    rows = {"best | 8 | 1024 | 1": _row(1, half, 0.7), "best | 8 | 1024 | 0": _row(0, half, 0.9)}
+    none = {task: "0" * 100 for task in ("copying", "last word")} | {"copa": half["copa"]}
+    rows["block | 8 | 1024 | 1"] = _row(1, none, 0.8) | {"kept": 0.7333}
     originals = {"o": original, "s": {"copying": [4] * 60}}
     content = {"model": "small", "length": 30, "originals": originals, "rows": rows}
     lines = table(content).splitlines()
     (final, development) = (line for line in lines if line.startswith("| best |"))
-    assert final.startswith("| best | 0, 1 | 0.200 | 0.800 | 1.10 | 1.10 | 50.0% [")
+    assert final.startswith("| best | 0, 1 |  | 0.200 | 0.800 |  | 1.10 | 1.10 | 50.0% [")
     assert "| 50%, 50% |" in final and "77.8%" in final
     assert f"| {(0.25 - 0.05) / (0.5 - 0.05):.1%} [" in final and "| 100.0% [" in final
-    assert development.startswith("| best | 0, 1 | 0.300 | 0.800 | 0.900, 0.700 |")
-    scores = {score.name: score for score in paired_scores(content, list(rows.values()), "final")}
+    assert development.startswith("| best | 0, 1 | 0.300 | 0.800 | 0.900, 0.700 |  |")
+    (other, other_development) = (line for line in lines if line.startswith("| block |"))
+    assert other.startswith("| block | 1 | 73.3% | 0.200 | 0.800 | +0.100 |") and "| -50.0% [" in other
+    assert other_development.startswith("| block | 1 | 0.300 | 0.800 | 0.800 | +0.100 |")
+    scores = {score.name: score for score in paired_scores(content, list(rows.values())[:2], "final")}
     assert scores["copying"].group == "generation" and scores["copa"].group == "classification"
 
 
@@ -190,9 +195,23 @@ def test_recipes_differ_from_best_in_one_setting() -> None:
 def test_a_recipe_with_other_sequences_is_scored_on_the_same_ones(
     texts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = run(monkeypatch, "--recipes", "sequences of 256", "--seeds", "0")
-    assert [read for read in texts if "sequence" in read] == [{"seed": 0, "left_out": LEFT_OUT[0], "sequence": 256}]
-    assert next(iter(rows.values()))["training"]["steps"] == 20
+    """Sequences are joined within a domain, and the validation text is the same."""
+    for name, length in (("sequences of 256", 16), ("sequences of 1024", 64)):
+        monkeypatch.setitem(RECIPES, name, replace(RECIPES[name], sequence=length))
+    trained, validated, original = [], [], retained_quality.train
+
+    def spy(student: Any, train: list[Any], validation: list[Any], *args: Any, **options: Any) -> Any:
+        trained.append(torch.cat([batch["input_ids"] for batch in train]))
+        validated.append(torch.cat([batch["input_ids"] for batch in validation]))
+        return original(student, train, validation, *args, **options)
+
+    monkeypatch.setattr(retained_quality, "train", spy)
+    rows = run(monkeypatch, "--recipes", "best,sequences of 256,sequences of 1024", "--seeds", "0")
+    assert [row["training"]["steps"] for row in rows.values()] == [20, 40, 10]
+    usual, short, long = trained
+    assert torch.equal(short.view_as(usual), usual) and torch.equal(long[0].view(2, -1), usual[[0, 2]])
+    assert sorted(long.flatten().tolist()) == sorted(usual.flatten().tolist())
+    assert all(torch.equal(rows, validated[0]) for rows in validated)
 
 
 @pytest.mark.usefixtures("texts")
@@ -254,7 +273,10 @@ def test_a_recipe_zeroes_branches_of_another_model(monkeypatch: pytest.MonkeyPat
         name: sum(not block.get_submodule(name).weight.any() for block in find_stack(model))
         for name in ("self_attn.out_proj", "fc2")
     }
-    assert weights == {"self_attn.out_proj": 2, "fc2": 1} and zeroed["removed"] == 2
+    assert (
+        weights == {"self_attn.out_proj": 2, "fc2": 1} and zeroed["removed"] == 0 and "branches | 0 | 640 | 0" in rows
+    )
+    assert control["kept"] == 1 > zeroed["kept"] > 0.5
     assert zeroed["development"]["kl"]["seen"] > control["development"]["kl"]["seen"]
 
 

@@ -136,6 +136,19 @@ def refuse_earlier_run(path: Path) -> None:
         )
 
 
+def require_committable(ready: Preparation) -> None:
+    """Raise if the replacement would be quantized when the checkpoint of a model of bitsandbytes is loaded."""
+    method = getattr(ready.stack.model, "quantization_method", None)
+    is_splice = ready.size.parameters > 0 and ready.size.slots == 0
+    if is_splice and getattr(method, "value", method) == "bitsandbytes":
+        raise UnsupportedSurgery(
+            f"{type(ready.stack.model).__name__} is quantized with bitsandbytes, which would quantize the replacement "
+            f"{ready.kind.name!r} when the checkpoint is loaded. Expected none, scale or block. Choose one, or "
+            "compress the model in full precision and load its checkpoint with quantization_config.",
+            "quantized",
+        )
+
+
 def require_trainable(ready: Preparation, healing: HealingConfig | None) -> None:
     """Raise if the config trains nothing, whichever blocks are removed, or heals quantized weights."""
     if healing is not None and any(not p.is_floating_point() for b in ready.stack.blocks for p in b.parameters()):

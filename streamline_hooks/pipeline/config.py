@@ -73,8 +73,9 @@ class DataConfig(Config):
     sequence_length : int
         Tokens per sequence. The default of 512 gives enough context to measure a block and fits most models.
     calibration_tokens : int
-        Tokens for ranking windows and for fitting and training replacements. More than the default of 80 sequences does
-        not improve the least-squares map of a model with 576 features (benchmarks/results/quality.md).
+        Tokens for ranking windows and for fitting and training replacements. The default of 80 sequences suits a
+        least-squares map of 576 features: with 100,000 instead of 30,000 tokens, the perplexity falls by another 1.5 %
+        (benchmarks/results/curves.md). Wider models and training need more.
     fitting_tokens : int, optional
         Rank windows and fit replacements on this many of the first calibration tokens only; distillation uses all of
         them. It saves time if the training text is long. By default all calibration tokens.

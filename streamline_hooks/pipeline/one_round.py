@@ -47,6 +47,7 @@ from streamline_hooks.pipeline.apply import (
     describe_repair,
     first_applicable,
     has_replacement,
+    require_committable,
     require_trainable,
     train_selection,
     trainable_selections,
@@ -194,6 +195,7 @@ class CompressionRun:
             self.source: StateSource = self.blockwise or ModelSource(self.model, ready.stack)
             if self.blockwise is not None:  # only block-by-block runs store results
                 self.source.identify(run_identity(ready))
+            require_committable(ready)
             if config.distillation is not None:
                 require_trainable(ready, config.healing)
                 one_window = config.search.number_of_windows == 1

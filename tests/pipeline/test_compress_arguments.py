@@ -11,19 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from streamline_hooks import (
     CompressionConfig,
     DataConfig,
     DistillationConfig,
+    LinearConfig,
     RunOptions,
     StreamlineError,
     SwiGLUConfig,
+    UnsupportedSurgery,
     compress,
     find_stack,
     load,
 )
 from streamline_hooks.core import model_digest
+from streamline_hooks.repair import NoneConfig
 from streamline_hooks.testing import tiny_model
 from tests.configured import configured
 
@@ -138,3 +142,16 @@ def test_keywords_are_fields_of_the_run_options_too(tmp_path: Path) -> None:
 def test_run_options_are_validated() -> None:
     with pytest.raises(StreamlineError, match="RunOptions: overwrite='yes'"):
         RunOptions(overwrite="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("repair", [LinearConfig(), SwiGLUConfig()], ids=lambda config: config.kind)
+def test_a_splice_in_weights_of_4_bits_is_refused_before_the_ranking(repair: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama").save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    with pytest.raises(
+        UnsupportedSurgery, match=rf"'{repair.kind}' when the checkpoint is loaded.*none, scale or block"
+    ):
+        compress(model, PARTS, remove=2, repair=repair)
+    assert len(find_stack(compress(model, PARTS, remove=2, repair=NoneConfig()).model)) == 6
