@@ -176,13 +176,14 @@ def index_for_models(pages: list[Path]) -> str:
 
 
 def link_copies(app: object, docname: str, source: list[str]) -> None:
-    """Make links to tables of results and links in notebooks point to pages of the site.
+    """Make links to tables of results and to notebooks, and links in notebooks, point to pages of the site.
 
     A notebook links to a page as ../docs/PAGE.md, which is right in the repository. Its copy is one folder deeper.
     """
     up = "../" * docname.count("/")
     pattern = r"\((?:\.\./)+benchmarks/results/([\w.-]+)\.md\)"
     source[0] = re.sub(pattern, rf"({up}copied/results/\1.md)", source[0])
+    source[0] = re.sub(r"\((?:\.\./)+notebooks/(\w+)\.ipynb\)", rf"({up}copied/notebooks/\1)", source[0])
     if docname.startswith("copied/notebooks/"):
         source[0] = source[0].replace("(../docs/", f"({up}")
 

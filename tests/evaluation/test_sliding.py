@@ -244,8 +244,15 @@ def test_what_cannot_be_scored() -> None:
         _ = nothing.value
     with pytest.raises(StreamlineError, match=r"no byte.*Pass"):
         _ = nothing.bits_per_byte
-    with pytest.raises(StreamlineError, match=r"without logits.*LM head"):
+    with pytest.raises(StreamlineError, match="LlamaModel is a model for embedding"):
         sliding_perplexity(model.model, Numbers(), texts)
+
+    class Headless(nn.Module):
+        def forward(self, **inputs: Any) -> Any:
+            return model.model(**inputs)
+
+    with pytest.raises(StreamlineError, match=r"without logits.*LM head"):
+        sliding_perplexity(Headless(), Numbers(), texts)
     model.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(NotFiniteLikelihood, match=r"document 1.*nan"):
         sliding_perplexity(model, Numbers(), ["", "5 6"])
