@@ -183,7 +183,11 @@ def link_copies(app: object, docname: str, source: list[str]) -> None:
     up = "../" * docname.count("/")
     pattern = r"\((?:\.\./)+benchmarks/results/([\w.-]+)\.md\)"
     source[0] = re.sub(pattern, rf"({up}copied/results/\1.md)", source[0])
-    source[0] = re.sub(r"\((?:\.\./)+notebooks/(\w+)\.ipynb\)", rf"({up}copied/notebooks/\1)", source[0])
+    source[0] = re.sub(
+        r"\((?:\.\./)+notebooks/(\w+)\.ipynb\)",
+        rf"({up}copied/notebooks/\1)",
+        source[0],
+    )
     if docname.startswith("copied/notebooks/"):
         source[0] = source[0].replace("(../docs/", f"({up}")
 
