@@ -1,11 +1,11 @@
 """Measure how the choice of blocks varies with the text, the seed, the criterion and the search.
 
-    python -m benchmarks.certainty [--data FOLDER] [--remove 8]
+    python -m benchmarks.certainty [--data FOLDER] [--model MODEL] [--remove 8] [--seeds 0,1,2]
 
-The verified shortlist is run on SmolLM2-135M for each of four training domains and three seeds, and the perplexity of
-the repaired model is measured on held-out text. Each row is saved to ``benchmarks/results/certainty.json`` when it is
-finished, and the table to ``benchmarks/results/certainty.md``. The rows of criteria and searches come from the results
-of `benchmarks.choice`.
+The verified shortlist is run on SmolLM2-135M or another model for each of four training domains and three seeds, and
+the perplexity of the repaired model is measured on held-out text. Each row is saved to
+``benchmarks/results/certainty.json`` (of another model: ``certainty_NAME``) when it is finished, and the table to the
+same name with ``.md``. The rows of criteria and searches of SmolLM2 come from the results of `benchmarks.choice`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import re
 import statistics
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.choice import EARLIER
 from benchmarks.choice import FILE as CHOICE
@@ -32,34 +35,40 @@ from streamline_hooks.selection import Trial, WindowSearch, trial_perplexities, 
 
 FILE = RESULTS / "certainty.json"
 DOMAINS = ("blog_18f", "fiction_austen_doyle", "news_digitalgov", "peps")
-SEEDS = (0, 1, 2)
 CALIBRATION, VALIDATION, SHORTLIST = 4_096, 512, 4
 
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--model", default="smollm2", help="another model: a folder or a GGUF file")
     parser.add_argument("--remove", type=int, default=8)
+    parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
-    model, tokenizer = load_pretrained("smollm2")
+    is_default = options.model == "smollm2"
+    name = Path(options.model).name.removesuffix(".gguf")
+    file = FILE if is_default else FILE.with_name(f"{FILE.stem}_{name}.json")
+    model, tokenizer = load_pretrained(options.model, torch.float32)
     test = scored_text(options.data, tokenizer, SEQUENCES_A_DOMAIN)
-    content: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
-    content["command"] = f"python -m benchmarks.certainty --remove {options.remove}"
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    chosen_model = "" if is_default else " --model MODEL"
+    content["command"] = f"python -m benchmarks.certainty{chosen_model} --remove {options.remove}"
+    content |= {"model": "SmolLM2-135M" if is_default else name, "length": len(find_stack(model))}
     done = {(row["domain"], row["seed"]) for row in content["rows"]}
-    for seed in SEEDS:
+    for seed in map(int, options.seeds.split(",")):
         for domain in DOMAINS:
             if (domain, seed) not in done:
                 text = read_documents(options.data / "text" / "train" / f"{domain}.txt")
                 content["rows"].append(
                     {"domain": domain, "seed": seed, **run(model, tokenizer, text, seed, options.remove, test)}
                 )
-                FILE.write_text(json.dumps(content, indent=1) + "\n")
+                file.write_text(json.dumps(content, indent=1) + "\n")
                 print(content["rows"][-1], flush=True)
-    (RESULTS / "certainty.md").write_text(table(content, options.remove))
-    print(table(content, options.remove))
+    file.with_suffix(".md").write_text(table(content, options.remove, with_choices=is_default))
+    print(file.with_suffix(".md").read_text())
 
 
 def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test: Any) -> dict[str, Any]:
-    """Choose a window on one text and return its KL and repaired perplexity."""
+    """Choose a window on one text; return its KL and the perplexities of the original, of removal and of the repair."""
     split = split_documents(
         text,
         tokenizer,
@@ -79,12 +88,14 @@ def run(model: Any, tokenizer: Any, text: list[str], seed: int, size: int, test:
     )
     best = judged[0]
     attempt = Trial(best, tuple(repair.replacement_module for repair in best.repairs))
-    _, (repaired,) = trial_perplexities(stack, test, [attempt])
+    original, (removed, repaired) = trial_perplexities(stack, test, [Trial(best), attempt])
     first = shortlist[0].windows[0]
     return {
         "start": best.windows[0].start,
         "first": first.start,
         "kl": best.distance,
+        "original": original.value,
+        "removed": removed.value,
         "repaired": repaired.value,
     }
 
@@ -111,15 +122,25 @@ def agreement(chosen: list[frozenset[int]]) -> str:
     return f"{statistics.fmean(pairs):.0%}" if pairs else ""
 
 
-def table(content: dict[str, Any], size: int) -> str:
-    """Return the variation of the choices over text, seeds, criteria and searches as Markdown."""
+def table(content: dict[str, Any], size: int, with_choices: bool = True) -> str:
+    """Return the variation of the choices over text, seeds, criteria and searches as Markdown.
+
+    The rows of criteria and searches, which exist for SmolLM2 only, need `with_choices`.
+    """
     rows = content["rows"]
+    seeds = sorted({row["seed"] for row in rows})
+    about_choices = (
+        " Rows of criteria and searches: 20,480 tokens of all domains, from choice.md." if with_choices else ""
+    )
+    references = ""
+    if known := [row for row in rows if "original" in row]:
+        removed = spread([row["removed"] for row in known])
+        references = f" That of the original is {known[0]['original']:.1f}, of the same removals unrepaired {removed}."
     lines = [
-        f"SmolLM2-135M, {size} of 30 blocks removed and repaired by linear maps in closed form; seeds "
-        f"{', '.join(map(str, SEEDS))}. Rows of seeds and domains: verified shortlist of {SHORTLIST} windows, "
-        f"{CALIBRATION:,} tokens of one training domain to rank and fit, {VALIDATION:,} tokens to compare by KL. Rows "
-        "of criteria and searches: 20,480 tokens of all domains, from choice.md. Perplexity is measured on the same "
-        "held-out text of five domains.",
+        f"{content['model']}, {size} of {content['length']} blocks removed and repaired by linear maps in closed form; "
+        f"seeds {', '.join(map(str, seeds))}. Rows of seeds and domains: verified shortlist of {SHORTLIST} windows, "
+        f"{CALIBRATION:,} tokens of one training domain to rank and fit, {VALIDATION:,} tokens to compare by KL."
+        f"{about_choices} Perplexity is measured on the same held-out text of five domains.{references}",
         "",
         "| varied | chosen blocks | mean overlap of two choices | perplexity, repaired: median (range) |",
         "|---|---|---:|---:|",
@@ -136,10 +157,11 @@ def table(content: dict[str, Any], size: int) -> str:
     runs = [(row, (f"{row['start']}-{row['start'] + size - 1}", row["repaired"])) for row in rows]
     for domain in DOMAINS:
         line(f"seed, on {domain}", [run for row, run in runs if row["domain"] == domain])
-    for seed in SEEDS:
+    for seed in seeds:
         line(f"domain, seed {seed}", [run for row, run in runs if row["seed"] == seed])
     line("domain and seed", [run for _, run in runs])
-    if CHOICE.exists():
+    note: list[str] = []
+    if with_choices and CHOICE.exists():
         choice = json.loads(CHOICE.read_text())["rows"]
         cells = {name: row_cells[str(size)] for name, row_cells in choice.items() if str(size) in row_cells}
         choices = {name: (cell["blocks"], cell["repaired"]) for name, cell in cells.items()}
@@ -148,8 +170,8 @@ def table(content: dict[str, Any], size: int) -> str:
         criteria = {name for name in choices if not name.startswith("exhaustive")} - searches
         line(f"{len(criteria)} criteria", [choices[name] for name in sorted(criteria)])
         line(f"{len(searches)} searches", [choices[name] for name in sorted(searches)])
-    note = f"The last two rows include {EARLIER}, which are not in the package."
-    return "\n".join([*lines, "", note, "", f"Made by `{content['command']}`.", ""])
+        note = ["", f"The last two rows include {EARLIER}, which are not in the package."]
+    return "\n".join([*lines, *note, "", f"Made by `{content['command']}`.", ""])
 
 
 if __name__ == "__main__":
