@@ -3,7 +3,8 @@
     python -m benchmarks.retained_quality [--data FOLDER] [--model MODEL] [--recipes best,block,...] [--removed 8]
         [--tokens 200704] [--seeds 0,1,2] [--final]
 
-A recipe is a setting of the preset `best`. It trains for one epoch on equal parts of all training domains but one,
+A recipe is a setting of the preset `best`, or the repair and training of another preset, by its name. It trains for one
+epoch on equal parts of all training domains but one,
 which the seed determines (`LEFT_OUT`), so that each row has scores on known and on unknown text. The blocks are chosen
 on the same text by a verified shortlist. For the choice between recipes, a row has the KL divergence from the original
 on validation documents and on documents of the left-out domain, both from the training text, and synthetic problems of
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import benchmarks.losses  # noqa: F401 (registers the losses of recipes)
+from benchmarks.baselines import BASELINES
 from benchmarks.generation_numbers import mean_of, pass_of
 from benchmarks.muon import muon_instead_of_adamw
 from benchmarks.quality_scores import CLEARLY, write
@@ -77,6 +79,8 @@ from streamline_hooks.repair import (
     BlockConfig,
     FoldedConfig,
     LinearConfig,
+    MergedConfig,
+    NoneConfig,
     ReplacementConfig,
     SilencedConfig,
     insert_replacement,
@@ -97,6 +101,9 @@ SEARCHES = {"attention": AttentionSearch, "mlp": MLPSearch}
 HARDWARE = HardwareConfig(autocast="bfloat16" if products() == "bfloat16" else None, state_memory=2**33)
 BEST = CompressionConfig.preset("best")
 SETTINGS = replace(BEST.distillation or DistillationConfig(), validations=4)
+
+
+PUBLISHED = ("llm-streamline-ffn", "llm-streamline-layer", *BASELINES, "none")  # presets
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,13 @@ class Recipe:
     branches: Mapping[str, int] = field(default_factory=dict)
     quantized: bool = False
 
+    @classmethod
+    def of_preset(cls, name: str) -> Recipe:
+        """Return the repair, training and healing of a preset."""
+        config = CompressionConfig.preset(name)
+        training = None if config.distillation is None else replace(config.distillation, validations=4)
+        return cls(config.repair, training, config.healing)
+
 
 RECIPES: dict[str, Recipe] = {
     "control": Recipe(removes=False),
@@ -164,6 +178,8 @@ RECIPES: dict[str, Recipe] = {
     "attention of 16 blocks": Recipe(branches={"attention": 16}),
     "sequences of 256": Recipe(sequence=256),
     "sequences of 1024": Recipe(sequence=1024),
+    "merged": Recipe(MergedConfig(weight=1 / 9), None, None),
+    **{name: Recipe.of_preset(name) for name in PUBLISHED},
 }
 
 
@@ -349,7 +365,8 @@ class Bench:
             return student_of(self.stack, [], healing, seed=run.seed), 0.0
         model = quantized(self.original) if recipe.quantized else self.model
         stack = find_stack(model)
-        share = 1.0 if recipe.distillation is None else STARTING
+        is_fitted_only = recipe.distillation is None and recipe.repair != NoneConfig()
+        share = 1.0 if is_fitted_only else STARTING
         rows = text.train[: max(16, round(share * len(text.train)))]
         fit, held_out = (split_into_batches(part, 4) for part in split_held_out(rows))
         with fast_products(model):
@@ -390,8 +407,12 @@ class Bench:
         return self.tasks[draw]
 
     def answers_of(self, tasks: ScoredTasks) -> str:
-        """Return the name under which the answers of the original are stored; the original answers once."""
-        return self._of_original(f"{self._draw(tasks)}, {products()}", tasks.score)
+        """Return the name under which the answers of the original are stored; the original answers once.
+
+        Rows and answers whose name does not end with the precision of the questions answered them in float32.
+        """
+        precision = f", questions in {products()}" if tasks.questions else ""
+        return self._of_original(f"{self._draw(tasks)}, {products()}{precision}", tasks.score)
 
     def samples_of(self, tasks: ScoredTasks) -> str:
         """Return the name under which the sampled answers of the original are stored."""
@@ -552,7 +573,8 @@ def table(content: Mapping[str, Any]) -> str:
         "each of which also leaves out another domain. Columns with *against best* are differences over the seeds that "
         "both rows have. *Kept weights* are those of the blocks with replacements, as a fraction of the original's "
         "blocks. Known text includes WikiText, which is tokenized in the training text and raw in the held-out text. "
-        "Minutes are CPU time of one thread for fit and training, without the choice of the blocks.",
+        "Minutes are CPU time of one thread for fit and training, without the choice of the blocks. Matrix products of "
+        "the answers are in bfloat16 where the CPU supports it; questions of earlier rows, by both models, in float32.",
     ]
     for (removed, tokens), rows in sorted(groups.items(), reverse=True):
         what = f"{removed} of {content['length']} blocks" if removed else "Branches instead of blocks"

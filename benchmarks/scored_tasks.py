@@ -93,7 +93,8 @@ class ScoredTasks:
         if self.ends:
             results[LAST_WORD] = self.score_last_words(model)
         for name, task in self.questions.items():
-            result = task.run(model, self.tokenizer)
+            with fast_products(model):
+                result = task.run(model, self.tokenizer)
             self.chance[name] = result.chance
             results[name] = bits([score == 1 for score in result.scores])
         return results

@@ -15,9 +15,10 @@ from torch import nn
 from benchmarks import losses, retained_quality, scored_tasks
 from benchmarks.last_words import LastWord
 from benchmarks.muon import MuonWithAdamW, muon_instead_of_adamw, orthogonalized
-from benchmarks.retained_quality import LEFT_OUT, RECIPES, paired_scores, table
+from benchmarks.retained_quality import LEFT_OUT, PUBLISHED, RECIPES, paired_scores, table
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from benchmarks.training_text import TrainingText, training_text
+from streamline_hooks import CompressionConfig
 from streamline_hooks.distillation import LOSSES, student_of
 from streamline_hooks.evaluation import Problem, task_config_from_rows
 from streamline_hooks.modeling import find_stack
@@ -187,9 +188,22 @@ def test_recipes_differ_from_best_in_one_setting() -> None:
         if recipe.quantized:  # like the recipe with adapters
             assert replace(recipe, quantized=False) == RECIPES["all blocks healed by LoRA"]
             continue
+        if name in (*PUBLISHED, "merged"):  # with the repair and training of another method
+            continue
         changed = [field for field in vars(best) if getattr(recipe, field) != getattr(best, field)]
         assert len(changed) == 1 or name in ("best", "closed form", "KL alone without healing"), name
         assert "," not in name, "recipes are separated by commas"
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "merged"])
+def test_published_methods_are_fitted_and_trained(
+    name: str, texts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (row,) = run(monkeypatch, "--recipes", name, "--seeds", "0").values()
+    is_trained = CompressionConfig.preset(name).distillation is not None if name in PUBLISHED else False
+    assert (row["training"] is not None) == is_trained
+    assert len(range(*row["window"])) == 2 + RECIPES[name].repair.slots
+    assert row["development"]["kl"]["seen"] > 0 and 0.5 < row["kept"] < 0.8
 
 
 def test_a_recipe_with_other_sequences_is_scored_on_the_same_ones(
