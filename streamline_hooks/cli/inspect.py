@@ -70,7 +70,10 @@ def diff(
     with suppress(StreamlineError):  # a model without surgery has no plan
         plans = read_plans(changed)
     if as_json:
-        blocks = [{"source": match.source, "target": number} for number, match in enumerate(matches)]
+        blocks = [
+            {"source": match.source, "target": number, "changed": match.changed, "distance": match.distance}
+            for number, match in enumerate(matches)
+        ]
         print_json({"blocks": blocks, "missing": missing, "plans": [str(plan) for plan in plans]})
         return
     for match in matches:

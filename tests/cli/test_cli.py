@@ -21,6 +21,7 @@ from streamline_hooks.cli.config_options import read_config
 from streamline_hooks.cli.parsing import read_search
 from streamline_hooks.data import PackedText, stream_documents
 from streamline_hooks.pipeline import PRESETS, DataConfig, RankingJob
+from streamline_hooks.testing import tiny_model
 from tests.commands import run
 
 SMALL = [
@@ -352,6 +353,21 @@ def test_compress_on_packed_text(
     ):
         code, _, err = run(["compress", stories_folder, *options, *more, "--overwrite"], monkeypatch, capsys)
         assert code == 2 and re.search(f"--pack .*not go with {with_what}", " ".join(err.split()))
+
+
+def test_diff_as_json_says_what_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "original")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight += 0.01
+    model.save_pretrained(tmp_path / "changed")
+    code, out, err = run(["diff", tmp_path / "original", tmp_path / "changed", "--json"], monkeypatch, capsys)
+    assert code == 0, err
+    first, second = json.loads(out)["blocks"][:2]
+    assert first == {"source": 0, "target": 0, "changed": [], "distance": 0.0}
+    assert second["changed"] == ["mlp.down_proj.weight"] and second["distance"] > 0
 
 
 @pytest.mark.parametrize("command", ["compress", "generate", "inspect", "rank"])
