@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -89,7 +90,7 @@ def texts_digest(texts: Iterable[str]) -> str:
 
 
 def batches_digest(items: Sequence[Any]) -> str:
-    """Return the BLAKE2b digest of the name, shape, dtype and values of every tensor in nested batches."""
+    """Return the BLAKE2b digest of the names and values (tensors, arrays, numbers, texts) in nested batches."""
     digest = hashlib.blake2b(digest_size=8)
 
     def add(name: str, value: Any) -> None:
@@ -102,6 +103,11 @@ def batches_digest(items: Sequence[Any]) -> str:
         elif isinstance(value, torch.Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
             digest.update(tensor_bytes(value))
+        elif isinstance(value, np.ndarray):
+            digest.update(f"{name} {value.shape} {value.dtype};".encode())
+            digest.update(value.tobytes())
+        elif isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+            digest.update(f"{name} {type(value).__name__} {value!r};".encode())
 
     add("", list(items))
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers
@@ -12,10 +13,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from streamline_hooks import LayerSurgeon
-from streamline_hooks.core.hashing import model_digest, tokenizer_digest, tokens_digest
+from streamline_hooks.core.hashing import batches_digest, model_digest, tokenizer_digest, tokens_digest
 from streamline_hooks.replacements import LinearReplacement
 from tests.evaluation.number_tasks import Numbers
 from tests.tiny_models import SETTINGS, WIDTH, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (True, False),
+        (1, 2),
+        (1.0, 2.0),
+        (1, 1.0),
+        ("left", "right"),
+        (np.zeros(2), np.ones(2)),
+        (np.zeros(2), np.zeros(2, dtype=np.float32)),
+        (np.float32(1), np.float32(2)),
+        ([1, 2], [1, 3]),
+        (torch.zeros(2), torch.zeros(1, 2)),
+    ],
+)
+def test_batches_with_other_values_have_other_digests(one: Any, other: Any) -> None:
+    ids = torch.arange(4).view(2, 2)
+    first, again, second = (batches_digest([{"input_ids": ids, "x": copy.copy(x)}]) for x in (one, one, other))
+    assert first == again != second
 
 
 class Scale(nn.Module):
