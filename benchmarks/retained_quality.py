@@ -4,15 +4,14 @@
         [--tokens 200704] [--seeds 0,1,2] [--final]
 
 A recipe is a setting of the preset `best`, or the repair and training of another preset, by its name. It trains for one
-epoch on equal parts of all training domains but one,
-which the seed determines (`LEFT_OUT`), so that each row has scores on known and on unknown text. The blocks are chosen
-on the same text by a verified shortlist. For the choice between recipes, a row has the KL divergence from the original
-on validation documents and on documents of the left-out domain, both from the training text, and synthetic problems of
-the development draw. With ``--final`` it also has the KL divergence and perplexity on the held-out text of each domain,
-and problems, last words and multiple-choice questions of another draw, from which no choice may be made. Short
-problems occur in both draws (up to a quarter of the arithmetic), but never in the training text. The recipe
-`control` trains the blocks from the cut on in the original without removing any. A row without final scores is trained
-again for them, so pass ``--final`` at once to rows that need both.
+epoch on equal parts of all training domains but one, which the seed determines (`LEFT_OUT`), so that each row has
+scores on known and on unknown text. The blocks are chosen on the same text by a verified shortlist. For the choice
+between recipes, a row has the KL divergence from the original on validation documents and on documents of the left-out
+domain, both from the training text, and synthetic problems of the development draw. With ``--final`` it also has the KL
+divergence and perplexity on the held-out text of each domain, and problems, last words and multiple-choice questions of
+another draw, from which no choice may be made. Short problems occur in both draws (up to a quarter of the arithmetic),
+but never in the training text. The recipe `control` trains the blocks from the cut on in the original without removing
+any. A row without final scores is trained again for them, so pass ``--final`` at once to rows that need both.
 
 Minutes are CPU time on one thread, without the choice of the blocks. Each row is saved to
 ``benchmarks/results/retained_quality.json`` (of another model: ``retained_quality_NAME``) when it is finished, and the
@@ -301,7 +300,8 @@ class Bench:
             report = trained.report()
         minutes = None if is_resumed else (time.process_time() - began + saved) / 60
         with self.changed_model(recipe, student) as model:
-            weights = sum(p.numel() for p in find_stack(model).container.parameters()) - unused_weights(model)
+            weights = sum(p.numel() for p in find_stack(model).container.parameters())
+            weights -= unused_weights(model) if recipe.branches else 0
             row = {
                 "recipe": run.recipe,
                 "removed": run.removed if recipe.removes and not recipe.branches else 0,

@@ -270,6 +270,16 @@ def test_adapters_of_4_bit_weights_are_scored_in_full_precision(monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("texts")
+def test_a_replacement_whose_output_is_still_zero_counts_as_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained = replace(RECIPES["best"], distillation=None, healing=None)
+    monkeypatch.setitem(RECIPES, "untrained", untrained)
+    (row,) = run(monkeypatch, "--recipes", "untrained", "--seeds", "0").values()
+    stack = find_stack(retained_quality.load_pretrained("smollm2", torch.float32)[0])
+    added = untrained.repair.size(stack, range(*row["window"])).parameters
+    assert row["kept"] == pytest.approx(3 / 5 + added / sum(stack.parameters_per_block))
+
+
+@pytest.mark.usefixtures("texts")
 def test_a_recipe_zeroes_branches_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     students = []
 
