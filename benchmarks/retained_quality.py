@@ -636,7 +636,10 @@ def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, A
         cells.append(_estimate(generation.above_chance))
         cells.append("")
         if best:
-            pair = (paired_scores(content, side, "final") for side in (mine, best))
+            pair = (  # the precision of the questions may differ
+                [task for task in paired_scores(content, side, "final") if task.group == "generation"]
+                for side in (mine, best)
+            )
             cells[-1] = _estimate(paired_bootstrap(*pair, clearly=CLEARLY)["generation"].above_chance)
         cells.append(", ".join("-" if s.above_chance is None else f"{s.above_chance.value:.0%}" for s in by_seed))
         cells += [

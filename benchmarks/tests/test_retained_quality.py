@@ -162,6 +162,9 @@ def test_the_table_separates_known_and_unknown_text() -> None:
     (other, other_development) = (line for line in lines if line.startswith("| block |"))
     assert other.startswith("| block | 1 | 73.3% | 0.200 | 0.800 | +0.100 |") and "| -50.0% [" in other
     assert other_development.startswith("| block | 1 | 0.300 | 0.800 | 0.800 | +0.100 |")
+    rows["block | 8 | 1024 | 1"]["final"]["original"] = "p"  # questions in another precision
+    originals["p"] = original | {"copa": "0" * 5 + "1" * 90 + "0" * 5}
+    assert "| -50.0% [" in next(line for line in table(content).splitlines() if line.startswith("| block |"))
     scores = {score.name: score for score in paired_scores(content, list(rows.values())[:2], "final")}
     assert scores["copying"].group == "generation" and scores["copa"].group == "classification"
 

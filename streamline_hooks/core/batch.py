@@ -88,9 +88,10 @@ def prepare_inputs(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
         and labels.ndim == 2
     ):
         has_answer = labels != IGNORE_INDEX
-        is_padded = not has_answer.all()
-        if is_padded and has_answer[:, 0].all() and not (has_answer[:, 1:] & ~has_answer[:, :-1]).any():
-            inputs["decoder_attention_mask"] = has_answer.long()
+        is_real = has_answer.flip(1).cumsum(1).flip(1) > 0  # up to the last answer of each row
+        is_real |= ~is_real.any(1, keepdim=True)
+        if not is_real.all():
+            inputs["decoder_attention_mask"] = is_real.long()
     return inputs
 
 

@@ -238,6 +238,11 @@ class Student:
                 "without head, or use merge and copy_weights_to_model."
             )
         blocks = find_stack(model, self.stack.path)
+        if len(blocks) != len(self.stack):
+            raise StreamlineError(
+                f"The model has {len(blocks)} blocks. Expected the {len(self.stack)} of the student's model, because "
+                "the adapters belong to blocks by their number. Add the adapters before removing blocks."
+            )
         updates = []
         for k, duplicate in self.copies.items():
             adapters = adapters_of(duplicate)

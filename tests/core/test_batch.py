@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from streamline_hooks.core.batch import count_tokens, padding_mask_of_call, prepare_inputs
-from tests.other_models import PATCHED, bert, mpnet, qwen2_vl, xlm_roberta
+from tests.other_models import PATCHED, bart, bert, mpnet, qwen2_vl, t5, xlm_roberta
 from tests.tiny_models import left_padded, tiny_model
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -139,3 +139,15 @@ def test_a_decoder_of_pytorch_has_a_mask_of_its_own() -> None:
 
     assert mask(tgt_key_padding_mask=padding).tolist() == [[True, True, False]]
     assert mask() is None and mask(memory_key_padding_mask=padding) is None
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_ignored_label_inside_a_target_is_not_padding(family: str) -> None:
+    """Padding of the decoder follows the last label of each row, whatever another row ignores."""
+    model = {"t5": t5, "bart": bart}[family]().eval()
+    inputs = torch.arange(5, 13).view(2, 4)
+    labels = torch.tensor([[5, -100, 7, 8, 9], [6, 7, 8, -100, -100]])
+    mask = prepare_inputs(model, {"input_ids": inputs, "labels": labels})["decoder_attention_mask"]
+    assert mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    without = {"input_ids": inputs, "labels": torch.full_like(labels, -100)}
+    assert "decoder_attention_mask" not in prepare_inputs(model, without)

@@ -297,3 +297,14 @@ def test_adapters_are_not_added_to_offloaded_weights() -> None:
     cpu_offload(other.model.layers[7], execution_device=torch.device("cpu"))
     with pytest.raises(StreamlineError, match=r"of block 7 is offloaded, so nothing can be added to it"):
         student.add_adapters_to(other)
+
+
+def test_adapters_are_not_added_to_a_model_with_fewer_blocks() -> None:
+    """The numbers of its blocks no longer are those of the student."""
+    student = student_of(find_stack(tiny_model("llama")), [(range(3, 5), linear())], HealingConfig("lora", "last", 1))
+    shortened = tiny_model("llama")
+    with LayerSurgeon(shortened) as surgeon:
+        surgeon.remove(range(0, 1))
+        surgeon.commit()
+    with pytest.raises(StreamlineError, match=r"The model has 7 blocks\. Expected the 8"):
+        student.add_adapters_to(shortened)
