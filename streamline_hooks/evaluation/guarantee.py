@@ -416,7 +416,7 @@ def _document_batches(model: nn.Module, documents: Sequence[Any], tokenizer: Any
             "or batches. The names of tasks need measure='accuracy_drop'."
         )
     limit = min(_DOCUMENT_TOKENS, max_positions(getattr(model, "config", None)) or _DOCUMENT_TOKENS)
-    rows = [tokenizer(text).input_ids[:limit] for text in documents]
+    rows = [tokenizer(text)["input_ids"][:limit] for text in documents]
     if not all(rows):
         raise StreamlineError(
             f"guarantee: document {list(map(bool, rows)).index(False)} has no token. Expected at least one in each. "

@@ -34,6 +34,9 @@ TOKEN_TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType(
 )
 """Allowed change of a token relative to its norm if its inputs did not change."""
 
+MAX_NOISE = 0.1
+"""Largest allowance for noise: twice the difference between two runs on the same input, relative to a token's norm."""
+
 GREEDY_OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "do_sample": False,
@@ -90,6 +93,11 @@ def describe_token_difference(
     noise = 2 * float(_relative_gaps(again, expected, real).max())
     if not noise < torch.inf:
         return "two runs on the same input differ by NaN or infinity, so the outputs cannot be compared"
+    if noise > MAX_NOISE:
+        return (
+            f"two runs on the same input differ by {noise / 2:.3g} of the norm of a token, so the outputs cannot be "
+            "compared; expected a deterministic forward pass, without dropout"
+        )
     allowed = noise + (TOKEN_TOLERANCE.get(got.dtype, 0.0) if tolerance is None else tolerance)
     gaps = _relative_gaps(got, expected, real)
     size = float(gaps.max())

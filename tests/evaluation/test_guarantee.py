@@ -169,7 +169,7 @@ class NoSpecialTokens:
         self.tokenizer = tokenizer
 
     def __call__(self, text: str) -> Any:
-        return self.tokenizer(text, add_special_tokens=False)
+        return dict(self.tokenizer(text, add_special_tokens=False))
 
 
 def test_a_bound_is_rounded_up() -> None:

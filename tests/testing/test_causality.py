@@ -105,6 +105,18 @@ def test_noise_without_bounds_is_told() -> None:
         assert_causal(Sometimes(), features=WIDTH)
 
 
+def test_noise_that_could_hide_a_leak_is_told() -> None:
+    class Noisy(nn.Module):
+        calls = 0
+
+        def forward(self, state: Tensor) -> Tensor:
+            self.calls += 1
+            return state * (1 + self.calls % 2) + state.mean(dim=1, keepdim=True)
+
+    with pytest.raises(AssertionError, match=r"two runs.*differ by .* of the norm.*deterministic"):
+        assert_causal(Noisy(), features=WIDTH)
+
+
 def test_a_module_that_works_in_place_is_not_blamed_for_looking_ahead() -> None:
     class InPlace(nn.Module):
         def forward(self, state: Tensor) -> Tensor:
