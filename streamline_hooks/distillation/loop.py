@@ -191,7 +191,7 @@ class TrainingLoop:
             return self._run()
 
     def _run(self) -> TrainingResult:
-        stopped = ""
+        stopped, is_saved = "", False
         self.start_time, last_save = time.perf_counter() - self.seconds, time.perf_counter()
         total = round(sum(count_tokens(batch) for batch in self.batches) * self.config.epochs)
         with defer_interrupts() as self.interrupts, progress_bar(total, self._bar_text(), done=self.tokens) as bar:
@@ -207,6 +207,8 @@ class TrainingLoop:
                         )
                         stopped = stopped if self.step else "no time was left"
                         if self.history[-1]["step"] < self.step:
+                            self._save_or_warn()  # a resumed run does not have this additional validation
+                            is_saved = True
                             self._validate(bar)
                         break
                     loss, tokens = self.make_step()
@@ -225,7 +227,7 @@ class TrainingLoop:
                 if self.work.processes.count > 1:
                     raise  # the other ranks were not interrupted
                 stopped = f"interrupted after step {self.step}"
-        if self.is_consistent and not stopped.startswith("the loss"):
+        if self.is_consistent and not is_saved and not stopped.startswith("the loss"):
             self._save_or_warn()
         ends = self.work.all_gather_object((self.interrupts.requested, self.seconds))
         self.seconds = ends[0][1]

@@ -139,6 +139,21 @@ def test_seconds_before_an_interruption_count_and_more_minutes_go_on(
     assert all(torch.equal(a, b) for a, b in zip(weights(parts), weights(whole), strict=True))
 
 
+def test_a_resumed_run_has_no_additional_validation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the validation at the limit in its history, it would end by `patience`, or keep other weights."""
+    clock, file = Steps(monkeypatch), tmp_path / "training"
+    settings = replace(SETTINGS, patience=2)
+    whole, parts = student(), student()
+    expected = train(whole, BATCHES, VALIDATION, settings, callbacks=[clock])
+    limited = train(
+        parts, BATCHES, VALIDATION, replace(settings, max_minutes=4), checkpoint_file=file, callbacks=[clock]
+    )
+    assert [row["step"] for row in limited.history] == [0, 4]
+    resumed = train(parts, BATCHES, VALIDATION, settings, resume=True, checkpoint_file=file, callbacks=[clock])
+    assert resumed.history == expected.history and resumed.stopped == expected.stopped
+    assert all(torch.equal(a, b) for a, b in zip(weights(parts), weights(whole), strict=True))
+
+
 def test_what_was_spent_before_the_first_step_counts_again_where_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
