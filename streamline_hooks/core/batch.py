@@ -89,7 +89,7 @@ def prepare_inputs(model: nn.Module, batch: Batch | Tensor) -> dict[str, Any]:
     ):
         has_answer = labels != IGNORE_INDEX
         is_real = has_answer.flip(1).cumsum(1).flip(1) > 0  # up to the last answer of each row
-        is_real |= ~is_real.any(1, keepdim=True)
+        is_real |= ~is_real.any(1, keepdim=True)  # a row without answers is not masked
         if not is_real.all():
             inputs["decoder_attention_mask"] = is_real.long()
     return inputs
