@@ -32,7 +32,7 @@ from streamline_hooks.core import (
     write_file,
     write_json,
 )
-from streamline_hooks.modeling import BlockStack
+from streamline_hooks.modeling import BlockStack, all_finite
 from streamline_hooks.recording.recorder import HiddenStateRecorder, RecordedBatch, RecordingConfig
 from streamline_hooks.recording.shard_files import (
     FORMAT,
@@ -50,6 +50,8 @@ from streamline_hooks.recording.sites import BLOCK_SITES, BlockSite
 from streamline_hooks.recording.token_columns import TOKEN_COLUMNS, token_columns_of
 
 logger = get_logger(__name__)
+
+MAX_DIFFERENCE = 0.05  # of stored and repeated states, relative to the norm; bfloat16 on other hardware stays below
 
 
 class ActivationStore:
@@ -173,7 +175,8 @@ class ActivationStore:
 
         The forward pass ends after the last recorded block. The output of the last block is stored before the final
         norm. If the folder contains an interrupted run with the same model, batches and settings, the batches in its
-        complete shards are skipped.
+        complete shards are skipped. The first batch runs again, and its states are compared with the stored ones, so
+        that states that a hook changes are not mixed with others.
 
         Parameters
         ----------
@@ -201,7 +204,8 @@ class ActivationStore:
         Raises
         ------
         StreamlineError
-            If the folder belongs to another run, the disk is too small, or a state of a real token is not finite.
+            If the folder belongs to another run, the disk is too small, a state of a real token is not finite, or the
+            stored states of a token of the first batch differ from those of the model by more than 5 % of their norm.
 
         Examples
         --------
@@ -237,6 +241,8 @@ class ActivationStore:
         }
         self._begin(run)
         try:
+            if self.batches:
+                self._require_same_states(recorder, block_sites, batches[0], token_columns[0])
             if self.complete:
                 logger.info(f"{self.folder} already contains all {len(batches)} batches.")
             else:
@@ -261,20 +267,36 @@ class ActivationStore:
         is_checked = False
         with recorder.over(batches[done:], f"recording {len(recorder.blocks)} blocks") as recorded:
             for batch, columns in zip(recorded, token_columns[done:], strict=True):
-                mask = columns["mask"]
-                if not torch.equal(batch.real.cpu(), mask):
-                    raise StreamlineError(
-                        f"The model read a mask of real tokens of shape {tuple(batch.real.shape)} that differs from "
-                        f"the batch's, of shape {tuple(mask.shape)}. Expected attention_mask with one entry per token. "
-                        "Compute the states yourself and use append()."
-                    )
-                states = _states(batch, sites)
-                rows = {name: _select(value, mask) for name, value in {**states, **columns}.items() if name != "mask"}
+                rows = _rows(batch, columns, sites)
                 self._require_columns(rows)
                 if not is_checked:
                     self._require_space(remaining_tokens, rows)
                     is_checked = True
                 self._buffer(rows)
+
+    def _require_same_states(
+        self,
+        recorder: HiddenStateRecorder,
+        sites: Sequence[BlockSite],
+        batch: Batch | Tensor,
+        columns: dict[str, Tensor],
+    ) -> None:
+        """Raise unless the model computes the stored states of the first batch, up to rounding."""
+        with recorder.over([batch], "comparing the first batch") as recorded:
+            (rows,) = (_rows(computed, columns, sites) for computed in recorded)
+        stored = self._read_rows(0, len(columns["mask"].nonzero()))
+        for name, value in rows.items():
+            if name in TOKEN_COLUMNS:
+                continue
+            norm = stored[name].float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+            difference = ((value.float() - stored[name].float()).norm(dim=-1) / norm).max()
+            if not bool(difference <= MAX_DIFFERENCE):
+                raise StreamlineError(
+                    f"{self.folder} contains other states of the first batch: those of {name} differ by up to "
+                    f"{float(difference):.0%} of their norm. Expected at most {MAX_DIFFERENCE:.0%}, the difference by "
+                    "rounding. Use the same hooks and interventions as when the folder was written, or choose another "
+                    "folder."
+                )
 
     @validate_arguments()
     def append(
@@ -302,7 +324,8 @@ class ActivationStore:
         Raises
         ------
         StreamlineError
-            If the store is not open, shapes do not match, or the columns differ from those of the first batch.
+            If the store is not open, shapes do not match, a state is not finite, or the columns differ from those of
+            the first batch.
 
         Examples
         --------
@@ -345,6 +368,12 @@ class ActivationStore:
         mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu()
         columns = {**states, **{name: value.long() for name, value in integers.items()}}
         rows = {name: value.detach().to("cpu", copy=True)[mask] for name, value in columns.items()}
+        for name in states:
+            if not all_finite([rows[name]]):
+                raise StreamlineError(
+                    f"append: states[{name!r}] contains NaN or infinite values. Expected finite states of real tokens. "
+                    "Check the model's weights and inputs, or exclude the tokens by mask."
+                )
         self._require_columns(rows)
         self._buffer(rows)
 
@@ -492,7 +521,8 @@ class ActivationStore:
 
     def __getitem__(self, rows: int | slice) -> dict[str, Tensor]:
         """Return the columns of one token (without the first axis) or of a slice of tokens."""
-        shards, length = self._readable_shards(), len(self)
+        length = len(self)
+        self._readable_shards()
         if isinstance(rows, int):
             if not -length <= rows < length:
                 raise IndexError(f"Token {rows} is out of range. Expected {-length} to {length - 1}.")
@@ -501,6 +531,11 @@ class ActivationStore:
         start, stop, step = rows.indices(length)
         if step != 1:
             raise StreamlineError(f"The slice {rows} has step {step}. Expected 1. Select from the result.")
+        return self._read_rows(start, stop)
+
+    def _read_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Return the columns of a half-open range of tokens."""
+        shards = self._undamaged_shards()
         ends = list(itertools.accumulate(shard["tokens"] for shard in self._shards))
         parts: dict[str, list[Tensor]] = {}
         for k in range(bisect.bisect_right(ends, start), len(shards)):
@@ -591,10 +626,26 @@ class ActivationStore:
                 "tokens). Expected a finished run. Repeat the call that wrote it, or read its complete shards with "
                 "ActivationStore(folder, partial=True)."
             )
+        return self._undamaged_shards()
+
+    def _undamaged_shards(self) -> list[tuple[Path, int]]:
         for shard in self._shards:
             if file_size(self.folder / shard["file"]) != shard["bytes"]:
                 raise damaged_shard_error(self.folder / shard["file"])
         return [(self.folder / shard["file"], number) for number, shard in enumerate(self._shards)]
+
+
+def _rows(batch: RecordedBatch, columns: Mapping[str, Tensor], sites: Sequence[BlockSite]) -> dict[str, Tensor]:
+    """Return the columns of the real tokens of a batch; raise if the model read another mask than the batch's."""
+    mask = columns["mask"]
+    if not torch.equal(batch.real.cpu(), mask):
+        raise StreamlineError(
+            f"The model read a mask of real tokens of shape {tuple(batch.real.shape)} that differs from the batch's, "
+            f"of shape {tuple(mask.shape)}. Expected attention_mask with one entry per token. Compute the states "
+            "yourself and use append()."
+        )
+    values = {**_states(batch, sites), **columns}
+    return {name: _select(value, mask) for name, value in values.items() if name != "mask"}
 
 
 def _states(batch: RecordedBatch, sites: Sequence[BlockSite]) -> dict[str, Tensor]:

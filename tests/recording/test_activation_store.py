@@ -7,6 +7,8 @@ import gc
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from streamline_hooks import HiddenStateRecorder, StreamlineError, find_stack
-from streamline_hooks.recording import ActivationStore
+from streamline_hooks.recording import ActivationStore, Intervention, Scale
+from streamline_hooks.surgery import bypassing
 from tests.tiny_models import BLOCKS, WIDTH, padded, tiny_model, tokens
 
 LENGTHS = ([7, 4], [5], [3, 6, 2], [8, 1])
@@ -195,8 +198,10 @@ class Interrupt(Exception):
     pass
 
 
-def interrupted(folder: Path, after: int, **options: Any) -> ActivationStore:
-    """Record until the forward pass of a batch is interrupted."""
+def interrupted(
+    folder: Path, after: int, change: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+) -> ActivationStore:
+    """Record, inside a context of the model, until the forward pass of a batch is interrupted."""
     model, calls = tiny_model("llama"), []
 
     def count(*_: object) -> None:
@@ -206,8 +211,8 @@ def interrupted(folder: Path, after: int, **options: Any) -> ActivationStore:
 
     find_stack(model)[0].register_forward_pre_hook(count)
     store = ActivationStore(folder, shard_bytes=1500)
-    with pytest.raises(Interrupt):
-        store.record(model, batches_of(), blocks=[1], **options)
+    with pytest.raises(Interrupt), change(model):
+        store.record(model, batches_of(), blocks=[1])
     return store
 
 
@@ -223,10 +228,11 @@ def test_a_run_continues_to_the_files_of_an_uninterrupted_one(after: int, again:
     if not again:
         store = ActivationStore(tmp_path / "parts", shard_bytes=1500)
     store.record(model, batches_of(), blocks=[1])
-    assert store.complete and len(runs) == len(LENGTHS) - skipped
+    compared = int(skipped > 0)  # the first batch
+    assert store.complete and len(runs) == len(LENGTHS) - skipped + compared
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     store.record(model, batches_of(), blocks=[1])
-    assert len(runs) == len(LENGTHS) - skipped
+    assert len(runs) == len(LENGTHS) - skipped + compared + 1
 
 
 def test_an_incomplete_store_is_not_read_unless_requested(tmp_path: Path) -> None:
@@ -278,6 +284,38 @@ def test_the_folder_of_another_run_is_refused(
     with pytest.raises(StreamlineError, match=rf"belongs to another run: {name} is .* there and .* here"):
         ActivationStore(tmp_path / "s").record(**arguments | {key: make() for key, make in change.items()})
     assert files(tmp_path / "s") == before
+
+
+CHANGES: dict[str, Callable[[nn.Module], AbstractContextManager[Any]]] = {
+    "bypass": lambda model: bypassing(model, range(1)),
+    "intervention": lambda model: Intervention(model, {("block.output", 0): Scale(1.1)}),
+    "hook": lambda model: find_stack(model)[1].register_forward_hook(lambda module, args, output: output * 1.1),
+}
+
+
+@pytest.mark.parametrize("is_changed", [False, True], ids=["changed later", "changed first"])
+@pytest.mark.parametrize("after", [3, None], ids=["interrupted", "complete"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_states_that_a_hook_changes_are_not_mixed_with_others(
+    change: Callable[[nn.Module], AbstractContextManager[Any]], after: int | None, is_changed: bool, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    folder = tmp_path / "s"
+
+    def record(*, changed: bool) -> None:
+        with change(model) if changed else nullcontext():
+            ActivationStore(folder, shard_bytes=1500).record(model, batches_of(), blocks=[1])
+
+    if after is None:
+        record(changed=is_changed)
+    else:
+        interrupted(folder, after, change if is_changed else nullcontext)
+    before = files(folder)
+    with pytest.raises(StreamlineError, match=r"other states of the first batch: those of block.output.1 differ"):
+        record(changed=not is_changed)
+    assert files(folder) == before
+    record(changed=is_changed)
+    assert ActivationStore(folder).complete
 
 
 def test_other_metadata_are_refused(tmp_path: Path) -> None:
@@ -408,13 +446,16 @@ def test_invalid_rows_are_refused(tmp_path: Path) -> None:
             "one state per token": ({"x": torch.zeros(2, 4, 4)}, ids, positions, documents),
             "under a name other than": ({"tokens": torch.zeros(2, 3, 4)}, ids, positions, documents),
             "mask is": (state, ids, positions, documents, ids),
+            "NaN or infinite": ({"x": torch.full((2, 3, 4), torch.nan)}, ids, positions, documents),
             "those of the first batch": ({"x": torch.zeros(2, 3, 5)}, ids, positions, documents),
             "Expected those of the first": ({"y": torch.zeros(2, 3, 4)}, ids, positions, documents),
             "bfloat16": ({"x": torch.zeros(2, 3, 4).bfloat16()}, ids, positions, documents),
         }.items():
             with pytest.raises(StreamlineError, match=match):
                 store.append(*arguments)
-    assert len(ActivationStore(tmp_path / "s")) == 6
+        padded_state = {"x": torch.zeros(2, 3, 4).index_fill(1, torch.tensor(2), torch.inf)}
+        store.append(padded_state, ids, positions, documents, torch.tensor([[True, True, False]] * 2))
+    assert len(ActivationStore(tmp_path / "s")) == 6 + 4
 
 
 def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
