@@ -97,10 +97,10 @@ def save(
     Raises
     ------
     StreamlineError
-        If the folder may not be replaced or cannot be written, a surgeon is still open on the model, it has PEFT
-        adapters, or the sentence-transformers folder of the original is damaged. For a model outside Transformers, also
-        if no surgery was committed to it, its blocks were changed afterwards, or safetensors cannot store its state
-        (extra state, quantized or overlapping weights).
+        If the folder may not be replaced or cannot be written, a surgeon is still open on the model, its config
+        describes weights that it does not have, it has PEFT adapters, or the sentence-transformers folder of the
+        original is damaged. For a model outside Transformers, also if no surgery was committed to it, its blocks were
+        changed afterwards, or safetensors cannot store its state (extra state, quantized or overlapping weights).
 
     Examples
     --------
@@ -132,6 +132,7 @@ def save(
             if has_unmapped_offload(model):
                 options["state_dict"] = load_offloaded_weights(model)
             writer.save_pretrained(new_folder, **options)
+            require_complete(writer, new_folder)
             config = read_json(new_folder / CONFIG)
         else:
             config = write_module(model, new_folder)
@@ -144,6 +145,48 @@ def save(
         (new_folder / CARD).write_text(model_card(config, report, base_model), encoding="utf-8")
         write_checksums(new_folder)
     return target
+
+
+def require_complete(model: Any, folder: Path) -> None:
+    """Raise unless the weights written to a folder are those of the model that its config describes.
+
+    The model is built on the meta device, so that no weight is read. Quantized weights are not compared.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    with _quiet_transformers():
+        _, info = type(model).from_pretrained(
+            folder,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    if keys := sorted({*info["missing_keys"], *mismatched}):
+        raise StreamlineError(
+            f"The config of this {type(model).__name__} describes {len(keys)} weights that would not be in the files, "
+            f"or with another shape, such as {keys[0]}. Expected the weights of the config. Remove blocks by "
+            "LayerSurgeon instead of changing the module list, and set config.tie_word_embeddings if the head shares "
+            "the embedding."
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide messages and progress bars of Transformers, for the duration of the context."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def warn_of_depths(model: nn.Module) -> None:

@@ -85,8 +85,8 @@ class TaskResult:
     scores : tuple of float
         Scores by item. The scores of a group are concatenated by task.
     chance : float
-        Accuracy without knowledge: the mean of 1 / choices, or the frequency of the most frequent answer if all items
-        have the same choices, such as yes and no.
+        Accuracy without knowledge: the mean of 1 / choices. If all items have the same choices, such as yes and no, and
+        one answer is more frequent, it is the frequency of this answer among the other items of each item with it.
     generates : bool
         Whether the task scores generated or predicted text instead of multiple choice.
     loglikelihoods, tokens : tuple of tuple
@@ -194,19 +194,19 @@ class LoadedTask:
         }
 
     def questions(self) -> list[str]:
-        """Return the scored documents of all tasks."""
-        return [question for name in self.tasks for question in self._questions(name)]
+        """Return the text, the choices and the answer of each item, without ids and other fields of its document."""
+        return [_question(task, doc) for name, task in self.tasks.items() for doc in self._documents(name)]
 
-    def _questions(self, name: str) -> list[str]:
+    def _documents(self, name: str) -> list[Any]:
         docs = self.tasks[name].eval_docs  # each access processes the documents again
-        return [repr(docs[k]) for k in self._chosen[name]]
+        return [docs[k] for k in self._chosen[name]]
 
     def digest(self) -> str:
         """Return a digest of config, data, settings and the version of lm-eval, for caches."""
         texts = [version("lm_eval"), repr(self.settings)]
         for name, task in self.tasks.items():
             texts += [name, repr({key: value for key, value in task.dump_config().items() if key != "custom_dataset"})]
-            texts += self._questions(name)
+            texts += map(repr, self._documents(name))
             if task.get_config("num_fewshot"):
                 texts += map(repr, task.fewshot_docs() or ())
         return texts_digest(texts)
@@ -435,6 +435,12 @@ def _without_padding(tokens: Sequence[int]) -> tuple[int, ...]:
     return tuple(tokens[:count])
 
 
+def _question(task: Any, doc: Any) -> str:
+    """Return the text, the choices and the answer of an item."""
+    chooses = task.OUTPUT_TYPE == "multiple_choice"
+    return repr((task.doc_to_text(doc), task.doc_to_choice(doc) if chooses else None, task.doc_to_target(doc)))
+
+
 def metrics_of(values: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
     """Return the value and standard error of each metric in the results of a task."""
     metrics = {}
@@ -457,9 +463,11 @@ def _choices(sample: Mapping[str, Any]) -> tuple[list[float], list[tuple[str, st
 def _chance(samples: Sequence[Mapping[str, Any]]) -> float:
     """Return the accuracy of multiple choice without knowledge (see `TaskResult`)."""
     texts = [tuple(continuation for _, continuation in _choices(sample)[1]) for sample in samples]
-    if len(set(texts)) == 1 and len(set(texts[0])) > 1:
-        return max(Counter(repr(sample["target"]) for sample in samples).values()) / len(samples)
-    return math.fsum(1 / len(choices) for choices in texts) / len(samples)
+    uniform = math.fsum(1 / len(choices) for choices in texts) / len(samples)
+    if len(samples) > 1 and len(set(texts)) == 1 and len(set(texts[0])) > 1:
+        most = max(Counter(repr(sample["target"]) for sample in samples).values())
+        return max(uniform, (most - 1) / (len(samples) - 1))  # most / len(samples) is too high for few items
+    return uniform
 
 
 def _require_valid(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> None:

@@ -259,3 +259,31 @@ def test_blocks_are_not_read_from_the_folder_that_is_replaced(saved: Path, tmp_p
         with pytest.raises(StreamlineError, match="is the model's own folder.* Choose another folder"):
             compress_checkpoint(saved, {}, tokenizer=None, output=output, options=RunOptions(overwrite=True))
     assert content(saved) == before
+
+
+def without_blocks(model: Any) -> None:
+    """Shorten the module list by hand, which leaves the config as it was."""
+    model.model.layers = model.model.layers[:3]
+
+
+def with_a_tied_head(model: Any) -> None:
+    """Share the head with the embedding without telling the config: `save_pretrained` writes one of the two."""
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def with_another_width(model: Any) -> None:
+    model.lm_head = nn.Linear(model.lm_head.in_features, 7, bias=False)
+
+
+@pytest.mark.parametrize("change", [without_blocks, with_a_tied_head, with_another_width])
+@pytest.mark.parametrize(("write", "build"), [(save, tiny_model), (save, repaired), (export_plain, tiny_model)])
+def test_weights_that_the_config_describes_are_all_written_or_the_old_folder_kept(
+    write: Callable[..., Path], build: Callable[..., Any], change: Callable[[Any], None], saved: Path, tmp_path: Path
+) -> None:
+    model, before = build("llama"), content(tmp_path)
+    change(model)
+    with pytest.raises(StreamlineError, match=r"describes \d+ weights that would not be in the files.*such as "):
+        write(model, saved, overwrite=True)
+    assert content(tmp_path) == before
+    model = tiny_model("llama", tie_word_embeddings=True)
+    assert write(model, saved, overwrite=True) == saved

@@ -209,6 +209,7 @@ def test_questions_that_occur_twice_are_refused(stories: tuple[Any, Any]) -> Non
     for tasks in (
         [task_config_from_rows(ROWS, "one"), task_config_from_rows(ROWS, "other")],
         [task_config_from_rows(ROWS * 2, "twice")],
+        [task_config_from_rows([{**row, "id": number} for number, row in enumerate(ROWS * 2)], "other ids")],
     ):
         with pytest.raises(StreamlineError, match="24 of 48 questions occur twice"):
             guarantee(model, copy.deepcopy(model), tasks, "accuracy_drop", tokenizer=tokenizer)

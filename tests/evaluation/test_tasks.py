@@ -119,11 +119,13 @@ def test_the_metric_that_is_asked_for(stories: tuple[Any, Any], tasks: Path) -> 
     assert found["likeliest"].accuracy == found["likeliest"].metrics["likeliest"]["acc_norm"][0]
 
 
-def test_chance_of_questions_with_the_same_choices(stories: tuple[Any, Any]) -> None:
-    rows = [{"query": f"Is it {k}?", "choices": ["no", "yes"], "gold": int(k > 0)} for k in range(4)]
-    assert (
-        run_tasks(*stories, [task_config_from_rows(rows, "mine")])["mine"].chance == 0.75
-    )  # what always "yes" reaches
+@pytest.mark.parametrize(("yes", "items", "chance"), [(3, 4, 2 / 3), (2, 4, 0.5), (1, 1, 0.5), (4, 4, 1.0)])
+def test_chance_of_questions_with_the_same_choices(
+    yes: int, items: int, chance: float, stories: tuple[Any, Any]
+) -> None:
+    """The share of "yes" among the other items, because the share among all is above 0.5 if few are drawn of many."""
+    rows = [{"query": f"Is it {k}?", "choices": ["no", "yes"], "gold": int(k < yes)} for k in range(items)]
+    assert run_tasks(*stories, [task_config_from_rows(rows, "mine")])["mine"].chance == pytest.approx(chance)
 
 
 def test_a_group_is_one_task(stories: tuple[Any, Any], tasks: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamline_hooks.checkpoint.save import atomic_checkpoint, check_not_source, warn_of_depths
+from streamline_hooks.checkpoint.save import atomic_checkpoint, check_not_source, require_complete, warn_of_depths
 from streamline_hooks.core import StreamlineError, refuse_adapters
 from streamline_hooks.modeling import find_stacks, restore_4_bit_layout, sentence_folder_of
 from streamline_hooks.surgery import AFTER, BEFORE, find_prompt_skip, spliced
@@ -77,8 +77,8 @@ def export_plain(
     Raises
     ------
     StreamlineError
-        If the model has splices or PEFT adapters, or the folder may not be replaced or has weights of the model that
-        are not in memory.
+        If the model has splices, PEFT adapters, or other weights than its config describes, or the folder may not be
+        replaced or has weights of the model that are not in memory.
 
     Examples
     --------
@@ -110,6 +110,7 @@ def write_plain(
     try:
         with atomic_checkpoint(target, overwrite) as new_folder:
             model.save_pretrained(new_folder)
+            require_complete(model, new_folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new_folder)
             if sentence_folder is not None:
