@@ -164,6 +164,8 @@ RECIPES: dict[str, Recipe] = {
         healing=HealingConfig("lora", learning_rate_ratio=0.2), quantized=True
     ),
     "lower learning rate": Recipe(distillation=replace(SETTINGS, learning_rate=5e-4)),
+    "learning rate 2e-4": Recipe(distillation=replace(SETTINGS, learning_rate=2e-4)),
+    "learning rate 1e-4": Recipe(distillation=replace(SETTINGS, learning_rate=1e-4)),
     "with the state after the window": Recipe(
         distillation=replace(SETTINGS, loss={"kl": 1.0, "lm": 1.0, "relative": 1.0})
     ),

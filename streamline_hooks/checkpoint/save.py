@@ -29,7 +29,7 @@ from streamline_hooks.core import (
     warn_caller,
 )
 from streamline_hooks.modeling import restore_4_bit_layout, saves_itself, sentence_folder_of
-from streamline_hooks.surgery import is_elastic
+from streamline_hooks.surgery import is_elastic, is_splice_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,16 +148,17 @@ def save(
 
 
 def require_complete(model: Any, folder: Path) -> None:
-    """Raise unless the weights written to a folder are those of the model that its config describes.
+    """Raise unless a folder has the weights that its config describes; warn if loading narrows their dtype.
 
     The model is built on the meta device, so that no weight is read. Quantized weights are not compared.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return
     with _quiet_transformers():
-        _, info = type(model).from_pretrained(
+        described, info = type(model).from_pretrained(
             folder,
             device_map="meta",
+            dtype="auto",
             ignore_mismatched_sizes=True,
             local_files_only=True,
             use_safetensors=True,
@@ -170,6 +171,21 @@ def require_complete(model: Any, folder: Path) -> None:
             f"or with another shape, such as {keys[0]}. Expected the weights of the config. Remove blocks by "
             "LayerSurgeon instead of changing the module list, and set config.tie_word_embeddings if the head shares "
             "the embedding."
+        )
+
+    loaded = dict(described.named_parameters())
+    narrowed = [
+        f"{name} ({parameter.dtype})"
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and parameter.dtype.itemsize > loaded.get(name, parameter).dtype.itemsize
+        and not is_splice_parameter(name)  # warned about by the model itself
+    ]
+    if narrowed:
+        warn_caller(
+            f"{len(narrowed)} weights of this {type(model).__name__} have a wider dtype than the model, such as "
+            f"{narrowed[0]}. Loading casts them to {described.dtype}. Load with dtype=torch.float32 to keep their "
+            "values."
         )
 
 
