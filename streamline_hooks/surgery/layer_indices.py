@@ -51,6 +51,8 @@ _BLOCK_NUMBERS = (
     "rope_scaling_layers",
 )
 _BLOCK_NUMBERS_FROM_1 = ("ple_layer_ids",)
+# The blocks after which the model reads a state, in order.
+_READ_AFTER = ("backbone_out_indices", "deepstack_visual_indexes")
 # A list with one entry per block, the number of the block whose keys it reads.
 _SOURCES = ("kv_source_layers",)
 # A scale divided by the square root of the number of blocks; a pattern repeated over the blocks; another name for the
@@ -150,8 +152,8 @@ def config_for_blocks(
     the current number of blocks. A source of None is a block with unknown per-layer values. `stage` is the entry of
     this stack in a configuration of stages, whose count is a list.
 
-    Raise `StreamlineError` if a new block needs per-layer values, and `UnsupportedSurgery` if two outputs of a vision
-    backbone would coincide.
+    Raise `StreamlineError` if a new block needs per-layer values, and `UnsupportedSurgery` if two states that the model
+    reads would coincide.
     """
     if stage is not None:
         depths = getattr(config, count_attribute)
@@ -188,6 +190,8 @@ def config_for_blocks(
             new[name] = type(value)(slot for slot, source in enumerate(origins) if source in value)
         elif name in _BLOCK_NUMBERS_FROM_1 and isinstance(value, (list, tuple)):
             new[name] = type(value)(slot + 1 for slot, source in enumerate(origins) if source + 1 in value)
+        elif name in _READ_AFTER and isinstance(value, (list, tuple)):
+            new[name] = type(value)(_last_remaining(config, name, value, origins))
         elif name in _SOURCES and isinstance(value, (list, tuple)):
             # -1, which Transformers refuses, if the block with the keys is removed
             slots = {source: slot for slot, source in enumerate(origins)}
@@ -225,6 +229,18 @@ def _needs_decoder_count(config: Any, new: dict[str, Any], decoder_count: int) -
     if not getattr(config, "is_encoder_decoder", False) or encoder_count not in vars(config):
         return False
     return bool(new.get(encoder_count, vars(config)[encoder_count]) < decoder_count)
+
+
+def _last_remaining(config: Any, name: str, numbers: Sequence[int], origins: Sequence[int]) -> list[int]:
+    """Return, for each block after which the model reads a state, the new index of the last remaining one up to it."""
+    indices = [sum(source <= number for source in origins) - 1 for number in numbers]
+    if -1 in indices or len(set(indices)) < len(indices):
+        raise UnsupportedSurgery(
+            f"{type(config).__name__} reads the states after blocks {', '.join(map(str, numbers))} ({name}), and no "
+            "block would remain before the first or between two of them. Choose other blocks.",
+            "configuration",
+        )
+    return indices
 
 
 def _backbone_outputs(config: Any, names: list[str], origins: Sequence[int]) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack
+from streamline_hooks import LayerSurgeon, UnsupportedSurgery, find_stack, load, save
 from streamline_hooks.surgery.bypass import bypassing
 from streamline_hooks.testing.model_state import ModelState
 from tests.other_models import OTHERS, PICTURE, TEXT, pictures
@@ -93,3 +95,67 @@ def test_a_backbone_gives_the_states_behind_the_same_blocks(k: int, left: list[i
         surgeon.remove([k])
         assert model.config.out_indices == left
         torch.testing.assert_close(states(), expected)
+
+
+def qwen_tower() -> tuple[Any, dict[str, torch.Tensor]]:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 1}
+    modeling = pytest.importorskip("transformers.models.qwen3_vl.modeling_qwen3_vl")
+    config = modeling.Qwen3VLVisionConfig(
+        **sizes, depth=6, out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[1, 3]
+    )
+    grid = torch.tensor([[1, 4, 4]])
+    return modeling.Qwen3VLVisionModel(config), {"hidden_states": torch.randn(16, 3 * 4 * 4), "grid_thw": grid}
+
+
+def depth_model() -> tuple[Any, dict[str, torch.Tensor]]:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    necks = {"neck_hidden_sizes": [16] * 4, "fusion_hidden_size": 16, "is_hybrid": False}
+    config = transformers.DPTConfig(**sizes, **necks, num_hidden_layers=8, backbone_out_indices=[0, 2, 4, 6])
+    return transformers.DPTForDepthEstimation(config), {"pixel_values": torch.randn(1, 3, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("build", "k", "left"),
+    [
+        (qwen_tower, 0, [0, 2]), (qwen_tower, 1, [0, 2]), (qwen_tower, 2, [1, 2]), (qwen_tower, 3, [1, 2]),
+        (qwen_tower, 5, [1, 3]), (depth_model, 1, [0, 1, 3, 5]), (depth_model, 4, [0, 2, 3, 5]),
+        (depth_model, 7, [0, 2, 4, 6]),
+    ],
+)  # fmt: skip
+def test_states_inside_a_tower_are_read_after_the_same_blocks(
+    build: Callable[[], tuple[Any, dict[str, torch.Tensor]]], k: int, left: list[int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, batch = build()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # so that each block changes the state clearly
+    model.eval()
+
+    @torch.no_grad()
+    def states(model: Any) -> tuple[torch.Tensor, ...]:
+        output = model(**batch)
+        return tuple(getattr(output, "deepstack_features", None) or [output.predicted_depth])
+
+    before = states(model)
+    with bypassing(model, range(k, k + 1)):
+        expected = states(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([k])
+        torch.testing.assert_close(states(model), expected)
+    torch.testing.assert_close(states(model), before)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.remove([k])
+        surgeon.commit()
+    loaded = load(save(model, tmp_path / "tower"))
+    assert left in (getattr(loaded.config, name, None) for name in ("deepstack_visual_indexes", "backbone_out_indices"))
+    for shorter in (model, loaded):
+        torch.testing.assert_close(states(shorter), expected)
+
+
+@pytest.mark.parametrize(("build", "window"), [(qwen_tower, [2, 3]), (qwen_tower, [0, 1]), (depth_model, [0])])
+def test_states_inside_a_tower_that_would_coincide_are_refused(build: Callable[[], Any], window: list[int]) -> None:
+    model, _ = build()
+    before = ModelState(model.eval())
+    with LayerSurgeon(model) as surgeon, pytest.raises(UnsupportedSurgery, match="no block would remain"):
+        surgeon.remove(window)
+    assert before.changes() == []
