@@ -232,7 +232,7 @@ def _needs_decoder_count(config: Any, new: dict[str, Any], decoder_count: int) -
 
 
 def _last_remaining(config: Any, name: str, numbers: Sequence[int], origins: Sequence[int]) -> list[int]:
-    """Return, for each block after which the model reads a state, the new index of the last remaining one up to it."""
+    """Return the new index of the last remaining block up to each block after which a state is read."""
     indices = [sum(source <= number for source in origins) - 1 for number in numbers]
     if -1 in indices or len(set(indices)) < len(indices):
         raise UnsupportedSurgery(
