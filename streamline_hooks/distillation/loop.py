@@ -159,7 +159,8 @@ class TrainingLoop:
         self.device = device_of(self.student.model)
         self.schedule = TrainingSchedule(self.config, len(self.batches))
         self.steps = self.schedule.steps
-        self.optimizer = TrainingOptimizer(self.parameters, self.config, self.steps, self.student.learning_rate_factor)
+        factor = partial(self.student.learning_rate_factor, scale_parameter=self.config.scale_parameter)
+        self.optimizer = TrainingOptimizer(self.parameters, self.config, self.steps, factor)
         self.weights = self.optimizer.weights
         self.step, self.tokens, self.seconds, self.start_time = 0, 0, 0.0, time.perf_counter()
         self.is_consistent = True  # False while the weights are partly updated and must not be saved

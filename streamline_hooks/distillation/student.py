@@ -19,6 +19,7 @@ from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, i
 from streamline_hooks.surgery import (
     AFTER,
     BEFORE,
+    COPIED_FROM,
     Head,
     LayerSurgeon,
     lm_head_of,
@@ -30,6 +31,9 @@ from streamline_hooks.surgery import (
 
 if TYPE_CHECKING:
     from streamline_hooks.distillation.teacher_cache import TeacherCache
+
+_REFERENCE_RMS = 0.2  # of the weights of SmolLM2-135M, for which the default learning rates were chosen
+_MIN_RMS = 1e-3  # of weights that are 0, such as new biases; as in Adafactor
 
 
 class Student:
@@ -158,10 +162,25 @@ class Student:
             for name, buffer in _persistent_buffers(module).items()
         }
 
-    def learning_rate_factor(self, name: str) -> float:
-        """Return the factor of the learning rate for a parameter: `rate` for copies, 1 for replacements."""
+    def learning_rate_factor(self, name: str, scale_parameter: bool = False) -> float:
+        """Return the factor of the learning rate for a parameter: `rate` for copies, 1 for replacements.
+
+        With `scale_parameter`, see `DistillationConfig`, the factor of a weight of the original is multiplied by its
+        root mean square, at least 0.001, divided by 0.2.
+        """
+        factor, is_original = 1.0, False
         copied = {*map(str, self.copies), *self.outside}
-        return self.rate if any(name.startswith(f"{path}.") for path in copied) else 1.0
+        for path, modules in self.modules.items():
+            for number, module in enumerate(modules):
+                if name.startswith(f"{path}.{number}."):
+                    is_copy = path in copied
+                    factor = self.rate if is_copy else 1.0
+                    is_original = COPIED_FROM in vars(module) or (is_copy and "lora_" not in name)
+        if scale_parameter and is_original:
+            square = self.parameters()[name].detach().double().square().mean()
+            square = getattr(square, "full_tensor", lambda: square)()  # of a parameter sharded by FSDP2
+            factor *= max(float(square.sqrt()), _MIN_RMS) / _REFERENCE_RMS
+        return factor
 
     @contextmanager
     def applied(self) -> Iterator[None]:

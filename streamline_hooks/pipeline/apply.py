@@ -235,6 +235,8 @@ def train_selection(
         healing = None
     seed = config.distillation.seed or 0
     student = student_of(ready.stack, pairs, healing, seed=seed, task=ready.task, teacher=teacher)
+    # They determine the initial weights, which the training file replaces.
+    student.settings += (f"repair={config.repair.to_dict()}", f"fitting_tokens={config.data.fitting_tokens}")
     trained = train(
         student,
         ready.training,

@@ -162,8 +162,8 @@ def compress(
         - documents, as strings or as a data set with a column ``text``. They are split into disjoint parts for
           calibration, validation and test with the sizes of ``config.data``.
         - batches, for any model: tensors of token ids of shape (batch, tokens), or mappings of the model's inputs.
-          Their order is kept: the first three quarters are the calibration part, the next eighth is the validation
-          part, and the rest is the test part.
+          Their order is kept: the last eighth, rounded down to at least one batch, is the test part, as many before
+          it are the validation part, and the rest is the calibration part.
         - data that are already split: a `TokenSplit`, such as `mixed_split` returns; the three parts that `packed_text`
           returns; or a mapping of ``"calibration"``, ``"validation"`` and ``"test"`` to batches, as `image_parts`,
           `text_parts` and `pair_parts` return. The accuracy of a classifier is measured if the test batches have

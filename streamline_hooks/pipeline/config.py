@@ -28,7 +28,7 @@ from streamline_hooks.core import (
 from streamline_hooks.distillation import DistillationConfig, HealingConfig, TrainingCallback
 from streamline_hooks.evaluation import LossMeasure
 from streamline_hooks.modeling import Task
-from streamline_hooks.repair import LinearConfig, ReplacementConfig
+from streamline_hooks.repair import LinearConfig, NoneConfig, ReplacementConfig
 from streamline_hooks.selection import SearchConfig, Target, WindowSearch
 from streamline_hooks.statistics import Profile
 
@@ -284,6 +284,12 @@ class CompressionConfig(Config):
                     f"{register}."
                 )
         check_json_values(self)
+        if self.search.zeroes_branches and not (self.repair.replaces_branches or self.repair == NoneConfig()):
+            raise StreamlineError(
+                f"CompressionConfig: repair={self.repair} has no effect, because the search {self.search.kind!r} "
+                "removes attention or MLP branches, which only linear maps of full rank replace. Expected "
+                "LinearConfig() or NoneConfig(). Change repair, or search for windows."
+            )
         self.search.check(self.target, replacement=self.repair)
         if self.distillation is None:
             self._refuse_without_distillation()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from streamline_hooks.data import (
     TokenSplit,
     check_packing,
     check_tokenizer,
+    document_starts,
     read_documents,
     split_documents,
     text_column,
@@ -139,6 +140,8 @@ def prepare_compression(
         token_split = TokenSplit.of_packed(cast(Any, texts))
     if batch_split:
         _check_batches(model, batch_split, target, task)
+        if packed := list(_packed_rows((*batch_split.calibration, *batch_split.validation, *batch_split.test))):
+            refuse_crossing(model, packed, stack=stack.path)
     else:
         require_text_model(model, tokenizer, task)
         require_positions(model, token_split.sequence_length if token_split else config.data.sequence_length)
@@ -339,6 +342,20 @@ def _check_batches(model: Any, split: BatchSplit, target: Target, task: Task) ->
     ids = [item for item in ids if item is not None and not item.is_floating_point()]
     if ids and getattr(model, "config", None) is not None:
         require_positions(model, max(item.shape[1] for item in ids))
+
+
+def _packed_rows(batches: Iterable[Batch | Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the token ids, positions and mask of the batches without padding whose positions restart in a row."""
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            continue
+        ids, positions, mask = (batch.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+        if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.ndim != 2:
+            continue
+        has_padding = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all()
+        if not has_padding and bool((document_starts(positions).sum(dim=1) > 1).any()):
+            rows = {"input_ids": ids, "position_ids": positions.expand(ids.shape)}
+            yield rows | ({"attention_mask": mask} if isinstance(mask, Tensor) else {})
 
 
 def _rows_by_step(rows: Mapping[str, Tensor], count: int) -> tuple[Tensor, ...]:

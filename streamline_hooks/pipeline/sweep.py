@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import inspect
 import io
 import math
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -415,15 +416,30 @@ def _device_names(model: nn.Module) -> list[str]:
     ]
 
 
+def _source(function: Callable[..., Any]) -> str:
+    """Return the source of a function; if it has no file, its bytecode and constants."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return repr((code.co_code, code.co_consts)) if code is not None else repr(function)
+
+
 def _criterion_digests(config: CompressionConfig) -> list[str]:
-    """Return digests of the data inside the config's criteria, which are not part of their names."""
+    """Return the source and digests of the data of the config's criteria, which are not part of their names."""
 
     def digests(criterion: Criterion) -> Iterator[str]:
         if isinstance(criterion, Combination):
             for part, _ in criterion.parts:
                 yield from digests(part)
-        elif criterion.made_of is not None:
-            yield criterion.made_of()
+        else:
+            if criterion.made_of is not None:
+                yield criterion.made_of()
+            score: Any = criterion.score
+            arguments = (score.args, score.keywords) if isinstance(score, partial) else ()
+            function = score.func if isinstance(score, partial) else score
+            if not str(getattr(function, "__module__", "")).startswith("streamline_hooks."):
+                yield f"{_source(function)} {arguments}"
 
     return list(digests(config.search.resolved_criterion))
 

@@ -28,7 +28,7 @@ def angular_similarity(profile: Profile, window: range) -> float:
 
 
 def last_angular_similarity(profile: Profile, window: range) -> float:
-    """Return one minus the mean angular distance across the window, over the last real token of each sequence.
+    """Return one minus the mean angular distance across the window, over the last real token of each row.
 
     See Gromov et al. (arXiv 2403.17887, eq. 8).
     """

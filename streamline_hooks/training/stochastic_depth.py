@@ -33,6 +33,7 @@ from streamline_hooks.surgery import (
     find_config_copies,
     find_hazards,
     find_mismatch,
+    find_prompt_skip,
     run_reference_with_hooks,
     saved_model_depth,
 )
@@ -140,6 +141,11 @@ class StochasticDepth:
                 f"Another StochasticDepth is open on this {type(self.model).__name__}. Expected at most one. Leave "
                 "that context first, and pass all rates to one StochasticDepth."
             )
+        if any(find_prompt_skip(module) is not None for module in (self.model, *self.stack.ancestors)):
+            raise StreamlineError(
+                f"The prompts of this {type(self.model).__name__} skip blocks. Expected a model without a PromptSkip: "
+                "a forward that drops the first block of its window would not skip the others. Train the original."
+            )
         self._skipping = BlockSkipper(self.model, self.stack)
         if self._skipping.follow():
             self.stack = self._skipping.stack
@@ -161,6 +167,11 @@ class StochasticDepth:
     @property
     def rates(self) -> tuple[float, ...]:
         """Return the probability of skipping each block; 0 for blocks that were inserted later."""
+        if self._running is None:
+            self.stack = find_stack(self.model, self.stack.path)  # blocks may have been removed since the last forward
+        return self._rates_of_stack()
+
+    def _rates_of_stack(self) -> tuple[float, ...]:
         return tuple(self._rates.get(block, 0.0) for block in self.stack.blocks)
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,7 +254,7 @@ class StochasticDepth:
             self._running = None
 
     def _draw(self) -> tuple[int, ...]:
-        rates = self.rates
+        rates = self._rates_of_stack()
         while True:
             skipped = tuple(k for k, rate in enumerate(rates) if self._random.random() < rate)
             if len(skipped) < len(rates):

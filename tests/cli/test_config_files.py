@@ -49,6 +49,7 @@ CHANGES: dict[str, Any] = {
     "data.repeated_context": 0.5,
     "distillation.loss": {"lm": 1.0},
     "distillation.learning_rate": 1e-4,
+    "distillation.scale_parameter": False,
     "distillation.weight_decay": 0.1,
     "distillation.betas": (0.8, 0.9),
     "distillation.warmup_ratio": 0.5,

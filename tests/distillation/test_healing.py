@@ -69,6 +69,12 @@ def test_what_is_settled_says_what_the_student_said_and_is_plain(text: str) -> N
     assert list(model.state_dict()) == names
 
 
+EVEN = DistillationConfig(
+    learning_rate=1e-3, weight_decay=0.0, warmup_ratio=0.0, min_lr_ratio=1.0, max_grad_norm=0.0, validations=1
+)
+"""Steps of Adam whose length is about the learning rate."""
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.01])
 def test_what_stays_learns_at_its_own_rate(rate: float) -> None:
     """A step of Adam is about as long as its rate."""
@@ -76,16 +82,55 @@ def test_what_stays_learns_at_its_own_rate(rate: float) -> None:
     healing = HealingConfig("partial", "after", learning_rate_ratio=rate)
     student = student_of(find_stack(model), [(range(2, 4), LinearReplacement(32))], healing)
     before = {name: p.detach().clone() for name, p in student.parameters().items()}
-    settings = DistillationConfig(
-        learning_rate=1e-3, weight_decay=0.0, warmup_ratio=0.0, min_lr_ratio=1.0, max_grad_norm=0.0, validations=1
-    )
-    trained = train(student, BATCHES, BATCHES, settings)
+    trained = train(student, BATCHES, BATCHES, replace(EVEN, scale_parameter=False))
     assert trained.best_step == trained.steps, "the weights that are back are not the last ones"
     moved = {name: float((p - before[name]).abs().max()) for name, p in student.parameters().items()}
     stays = [most for name, most in moved.items() if not name.startswith("2-3.")]
-    longest = trained.steps * settings.learning_rate
+    longest = trained.steps * EVEN.learning_rate
     assert len(stays) > 9 and 0.2 * rate * longest < max(stays) < 1.5 * rate * longest
     assert 0.2 * longest < moved["2-3.0.projection.weight"] < 1.5 * longest
+
+
+@pytest.mark.parametrize("size", [0.05, 0.5])
+def test_a_step_changes_weights_of_any_size_by_the_same_fraction(size: float) -> None:
+    """In healed and inherited blocks, but not in a new module."""
+    model: Any = tiny_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.model.layers.named_parameters():
+            if "layernorm" in name:
+                parameter.div_(size)  # the function stays the same
+            elif "o_proj" not in name and "down_proj" not in name:
+                parameter.mul_(size)
+    stack, healing = find_stack(model), HealingConfig("partial", "last", 1, learning_rate_ratio=0.5)
+    inherited = BlockConfig(solve=False).build(stack, range(2, 4))
+    student = student_of(stack, [(range(2, 4), inherited), (range(5, 6), LinearReplacement(32))], healing)
+    before = {name: p.detach().clone() for name, p in student.parameters().items()}
+    expected = {
+        name: {"2-3": 1.0, "5-5": 1.0, "7": 0.5}[name.partition(".")[0]]
+        * (1.0 if name.startswith("5-5") else float(p.square().mean().sqrt()) / 0.2)
+        for name, p in before.items()
+    }
+    found = {name: student.learning_rate_factor(name, scale_parameter=True) for name in before}
+    assert found == pytest.approx(expected, rel=1e-4) and max(found.values()) > 10 * min(found.values())
+    trained = train(student, BATCHES, BATCHES, EVEN)
+    assert trained.best_step == trained.steps
+    for name, parameter in student.parameters().items():
+        moved = float((parameter - before[name]).abs().max())
+        longest = expected[name] * trained.steps * EVEN.learning_rate
+        assert 0.2 * longest < moved < 1.5 * longest, name
+
+
+def test_rates_of_adapters_are_not_scaled_and_zeros_still_learn() -> None:
+    model: Any = tiny_model("llama", attention_bias=True)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.bias.zero_()
+    stack = find_stack(model)
+    adapted = student_of(stack, [], HealingConfig("lora", learning_rate_ratio=0.5))
+    assert {adapted.learning_rate_factor(name, scale_parameter=True) for name in adapted.parameters()} == {0.5}
+    healed = student_of(stack, [], HealingConfig("partial", learning_rate_ratio=0.5))
+    assert healed.learning_rate_factor("0.0.self_attn.o_proj.bias", scale_parameter=True) == pytest.approx(0.5 * 0.005)
+    assert {healed.learning_rate_factor(name) for name in healed.parameters()} == {0.5}
 
 
 def test_adapters_share_the_weights_that_they_do_not_train() -> None:

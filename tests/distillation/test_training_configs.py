@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     """A training run as one of its configs describes it."""
     match config:
         case DistillationConfig():
-            return observed(config)
+            return observed(config, healing=HealingConfig("partial", "last", 1))
         case HealingConfig():
             return observed(healing=config)
         case HardwareConfig():
@@ -89,6 +89,7 @@ EFFECTS: dict[type[Config], dict[str, Row]] = {
     DistillationConfig: {
         "loss": (BASE, {"mse": 1.0}, "losses"),
         "learning_rate": (BASE, 1e-3, "weights"),
+        "scale_parameter": (BASE, False, "weights"),
         "weight_decay": (BASE, 0.5, "weights"),
         "betas": (BASE, (0.5, 0.95), "weights"),
         "warmup_ratio": (BASE, 0.0, "weights"),

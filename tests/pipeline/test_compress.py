@@ -515,6 +515,22 @@ def test_packed_text_is_its_documents_alone(
         assert any(written.prompt.startswith(beginning) for beginning in first)
 
 
+def packed_rows(**more: Any) -> list[dict[str, Any]]:
+    """Return batches with two documents in each row."""
+    positions = torch.arange(12).repeat(2)[None].expand(2, 24)
+    ids = [torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(k)) for k in range(8)]
+    return [{"input_ids": each, "position_ids": positions, **more} for each in ids]
+
+
+def test_packed_batches_whose_documents_a_model_mixes_are_refused() -> None:
+    """A mask switches off the separation of documents in Transformers, and OPT has none."""
+    assert compress(tiny_model("llama"), packed_rows(), remove=2).report
+    mask = torch.ones(2, 24, dtype=torch.long)
+    for model, batches in ((tiny_model("llama"), packed_rows(attention_mask=mask)), (tiny_model("opt"), packed_rows())):
+        with pytest.raises(StreamlineError, match="mixes the documents of a packed row"):
+            compress(model, batches, remove=2)
+
+
 def test_packed_text_that_cannot_be_used(story_model: tuple[Any, Any], story_texts: list[str], tmp_path: Path) -> None:
     model, tokenizer = story_model
     texts = packed_stories(tmp_path, tokenizer, story_texts)

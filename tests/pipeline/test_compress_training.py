@@ -27,6 +27,7 @@ from streamline_hooks import (
 from streamline_hooks.cli import parse_healing
 from streamline_hooks.distillation import DistillationConfig, HealingConfig, TrainingCallback
 from streamline_hooks.pipeline import one_round
+from streamline_hooks.repair import MergedConfig
 from streamline_hooks.testing import tiny_model
 from tests.configured import arguments, configured
 from tests.training_callbacks import BeforeSteps, RaiseAt
@@ -139,6 +140,20 @@ def test_a_killed_training_is_resumed_where_it_was(
     resumed = run("out", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert not (tmp_path / "out.training").exists()
+
+
+def test_another_replacement_does_not_resume_a_training(tmp_path: Path) -> None:
+    """Their initial weights differ, and the training file would replace them."""
+    batches = [torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(k)) for k in range(12)]
+    distillation = DistillationConfig(checkpoint_minutes=0)
+    options: dict[str, Any] = {"remove": 2, "distillation": distillation, "output": tmp_path / "out"}
+    with pytest.raises(RuntimeError):
+        stop = RaiseAt(2, RuntimeError)
+        compress(tiny_model("llama"), batches, repair=MergedConfig(weight=1.0), callbacks=[stop], **options)
+    with pytest.raises(StreamlineError, match="belongs to another training run"):
+        compress(tiny_model("llama"), batches, repair=MergedConfig(weight=0.5), resume=True, **options)
+    resumed = compress(tiny_model("llama"), batches, repair=MergedConfig(weight=1.0), resume=True, **options)
+    assert resumed.training is not None and not resumed.training.stopped
 
 
 def test_what_is_asked_for_in_vain_is_refused_at_once(

@@ -137,6 +137,8 @@ def test_numbers_are_read_as_python_reads_them(text: str) -> None:
         ("schema: 1.0", "schema=1.0 is unknown.*Expected one of 1"),
         ("seed: 1\nseed: 2", "'seed' twice.*Delete"),
         ("repair: {rank: 3}", "ReplacementConfig: kind is missing.*Expected one of none, linear.*Add"),
+        ("repair: {kind: swiglu}\nsearch: {kind: mlp}", "repair=swiglu has no effect.*Change repair"),
+        ("repair: {kind: linear, rank: 3}\nsearch: {kind: attention}", "repair=linear:rank=3 has no effect"),
         ("repair: {kind: [linear]}", r"\['linear'\] is unknown.*Expected one of none, linear"),
     ],
 )

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from streamline_hooks.modeling import Task
 from streamline_hooks.pipeline import SpeedConfig
 from streamline_hooks.pipeline.sweep import Sweep, SweepPoint
 from streamline_hooks.repair import NoneConfig
-from streamline_hooks.selection import CRITERIA, accuracy_drop, combine_criteria
+from streamline_hooks.selection import CRITERIA, Criterion, accuracy_drop, combine_criteria
 from tests.configured import configured
 from tests.evaluation.number_tasks import Numbers, number_tokenizer
 from tests.logs import logged
@@ -232,6 +233,23 @@ def test_a_criterion_is_known_by_the_data_that_it_holds(
 
     first = (ROWS, None, "1")
     assert [made(first), made(other), made(first), made(other)] == ["time 1", "time 2", "time 1", "time 2"]
+
+
+def test_a_criterion_is_known_by_its_source(counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(profile: Any, window: range, sign: int = 1) -> float:
+        return float(window.start) * sign
+
+    def last(profile: Any, window: range) -> float:
+        return -float(window.start)
+
+    def refused(score: Any) -> str:
+        monkeypatch.setitem(CRITERIA, "mine", Criterion("mine", score, "profile"))
+        options = {"tokenizer": Numbers(), "cache_file": tmp_path / "x", **ONE_POINT}
+        return sweep(MODEL, random_split(), configured(criterion="mine"), **options).points[0].refused
+
+    last.__name__ = last.__qualname__ = first.__qualname__  # the function was edited
+    scores = (first, last, first, last, partial(first, sign=2), partial(first, sign=3), partial(first, sign=2))
+    assert [refused(score) for score in scores] == [f"time {k}" for k in (1, 2, 1, 2, 3, 4, 3)]
 
 
 def test_another_tokenizer_or_autocast_makes_it_anew(counted: Counted, tmp_path: Path) -> None:

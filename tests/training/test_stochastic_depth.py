@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack, load
+from streamline_hooks.surgery import PromptSkip
 from streamline_hooks.testing import causal_model_types
 from streamline_hooks.testing import tiny_model as tiny_of_type
 from streamline_hooks.training.stochastic_depth import BlockSkipper, StochasticDepth
@@ -258,6 +259,9 @@ def test_a_removal_in_the_middle_is_followed(tmp_path: Path) -> None:
             surgeon.replace(range(1, 3), Nudge())
             surgeon.remove([4])
             surgeon.commit()
+        saved = depth.state_dict()  # before the next forward
+        assert saved["rates"] == list(depth.rates) and len(saved["rates"]) == len(find_stack(model))
+        StochasticDepth(copy.deepcopy(model)).load_state_dict(saved)
         for _ in range(3):
             skipped = ()
             while not skipped:
@@ -392,6 +396,23 @@ def test_a_block_that_may_not_go_is_named() -> None:
         StochasticDepth(model, protect=[4]).__enter__()
     assert refused.value.cause == "shared-keys"
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_model_whose_prompts_skip_blocks_is_refused(is_committed: bool) -> None:
+    model = tiny_model("llama").train()
+    with PromptSkip(model, range(3, 6)) as skip:
+        if is_committed:
+            skip.commit()
+        else:
+            with pytest.raises(StreamlineError, match="Expected a model without a PromptSkip"):
+                StochasticDepth(model, 0.3).__enter__()
+    if is_committed:
+        with pytest.raises(StreamlineError, match="Expected a model without a PromptSkip"):
+            StochasticDepth(model, 0.3).__enter__()
+    else:
+        with StochasticDepth(model, 0.3):
+            loss_of(model)
 
 
 def test_blocks_with_parts_of_one_weight_are_refused() -> None:
