@@ -190,8 +190,9 @@ def prompt_of(batch: Batch | Tensor, last_tokens: int = LAST_TOKENS) -> Tensor:
         )
     real = _real_tokens(batch)
     prompt, unlabeled = real.clone(), real & (labels == IGNORE_INDEX)
+    document = _first_tokens(batch).cumsum(dim=1)
     for distance in range(1, last_tokens + 1):
-        prompt[:, :-distance] &= unlabeled[:, distance:]
+        prompt[:, :-distance] &= unlabeled[:, distance:] & (document[:, :-distance] == document[:, distance:])
         prompt[:, -distance:] = False
     return prompt
 
@@ -199,7 +200,17 @@ def prompt_of(batch: Batch | Tensor, last_tokens: int = LAST_TOKENS) -> Tensor:
 def skips_any(batch: Batch | Tensor, last_tokens: int) -> bool:
     """Whether a token of a batch skips blocks: one of a prompt that is not the first of its sequence."""
     prompt = prompt_of(batch, last_tokens)
-    return bool((prompt & (_real_tokens(batch).cumsum(dim=1) > 1)).any())
+    return bool((prompt & ~_first_tokens(batch)).any())
+
+
+def _first_tokens(batch: Batch | Tensor) -> Tensor:
+    """Return the mask of the first real tokens of sequences and packed documents, (batch, tokens)."""
+    assert not isinstance(batch, Tensor)
+    real, positions = _real_tokens(batch), batch.get("position_ids")
+    first = real & (real.cumsum(dim=1) == 1)
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        first[:, 1:] |= real[:, 1:] & (positions.to(real.device).diff(dim=1) != 1)
+    return first
 
 
 def _real_tokens(batch: Batch | Tensor) -> Tensor:

@@ -407,6 +407,7 @@ class PromptSkip:
                     "PromptSkip: gradient checkpointing would run the skipped blocks again without their marks. "
                     "Expected a model without it. Call model.gradient_checkpointing_disable()."
                 )
+            self._pass.positions = arguments.get("position_ids")
             self._pass.cached = 0 if cache is None else int(cache.get_seq_length())
         if self._pass.is_needed:
             self._pass.mask = padding_mask_of_call(module, args, kwargs, self._pass.mask)
@@ -428,7 +429,7 @@ class PromptSkip:
         else:
             marks = (torch.arange(tokens, device=state.device) < self._pending).expand(state.shape[:2])
             self._pending = max(0, self._pending - tokens)
-        marks = marks & ~first_tokens(self._pass.mask, self._pass.cached, state)
+        marks = marks & ~first_tokens(self._pass.mask, self._pass.cached, state, self._pass.positions)
         if bool(marks.any()):
             self._pass.skipped, self._pass.boundary = marks, state
             run = (~marks).any(dim=0)

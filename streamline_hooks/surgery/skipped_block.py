@@ -31,6 +31,7 @@ class SkippingPass:
     """Whether tokens may be skipped."""
     cached: int = 0
     mask: Any = None
+    positions: Any = None
     skipped: Tensor | None = None
     """Tokens that skip the window, (batch, tokens); None if there are none."""
     boundary: Tensor | None = None
@@ -254,8 +255,16 @@ def cache_name(module: nn.Module) -> str:
     )
 
 
-def first_tokens(mask: Any, cached: int, state: Tensor) -> Tensor:
-    """Return which tokens of a call are the first real token of their sequence, (batch, tokens)."""
+def first_tokens(mask: Any, cached: int, state: Tensor, positions: Any = None) -> Tensor:
+    """Return which tokens of a call are the first real token of their sequence or packed document, (batch, tokens)."""
+    first = _first_real_tokens(mask, cached, state)
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == state.shape[1]:
+        first = first.clone()
+        first[:, 1:] |= positions.to(state.device).diff(dim=1) != 1
+    return first
+
+
+def _first_real_tokens(mask: Any, cached: int, state: Tensor) -> Tensor:
     batch, tokens = state.shape[:2]
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values())))

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from streamline_hooks import DistillationConfig, LayerSurgeon, StreamlineError
-from streamline_hooks.distillation import PromptSkipStudent, TrainingCallback, TrainingProgress, prompt_of, train
+from streamline_hooks.distillation import (
+    PromptSkipStudent,
+    TrainingCallback,
+    TrainingProgress,
+    prompt_of,
+    skips_any,
+    train,
+)
 from streamline_hooks.replacements import LinearReplacement
 from streamline_hooks.surgery import PromptSkip
 from streamline_hooks.testing import tiny_model
@@ -240,6 +247,19 @@ def test_the_prompt_is_what_is_followed_by_a_token_without_label(
 ) -> None:
     inputs = {"input_ids": torch.full((1, 5), 9), "attention_mask": torch.tensor([mask])}
     assert prompt_of({**inputs, "labels": torch.tensor([labels])}, last_tokens).int().tolist() == [expected]
+
+
+def test_documents_of_a_packed_row_have_prompts_of_their_own() -> None:
+    """Neither the last token of an answer nor the first of the next document skips blocks."""
+    labels = torch.tensor([[-100, -100, -100, 9, 9, -100, -100, -100, -100, 9]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    batch = {"input_ids": torch.full((1, 10), 9), "labels": labels, "position_ids": positions}
+    assert prompt_of(batch, 1).int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 1, 0, 0]]
+    assert prompt_of(batch, 2).int().tolist() == [[1, 0, 0, 0, 0, 1, 1, 0, 0, 0]]
+    alone = {name: value[:, :5] for name, value in batch.items()}
+    assert prompt_of(alone, 1).int().tolist() == [[1, 1, 0, 0, 0]]
+    short = torch.tensor([[-100, -100, 9, 9, 9]]).repeat(1, 2)
+    assert skips_any(batch, 1) and not skips_any({**batch, "labels": short}, 1)  # only first tokens are left
 
 
 def without_labels() -> None:

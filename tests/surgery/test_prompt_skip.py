@@ -314,6 +314,27 @@ def test_marks_inside_marks_end_with_their_context() -> None:
         assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_the_first_token_of_each_packed_document_runs_every_block(has_mask: bool) -> None:
+    model, length = tiny_model("llama"), 8
+    documents = [tokens(1, length, seed=k) for k in range(2)]
+    ids, positions = torch.cat(documents, dim=1), torch.arange(length).repeat(2)[None]
+    marks = torch.zeros(1, 2 * length, dtype=torch.bool)
+    marks[:, : length - 2] = marks[:, length : 2 * length - 2] = True
+    more: dict[str, Any] = {}
+    if has_mask:
+        rows = torch.arange(2 * length)
+        allowed = (rows[:, None] >= rows) & (rows[:, None] // length == rows // length)
+        more["attention_mask"] = torch.zeros(1, 1, 2 * length, 2 * length).masked_fill(~allowed, -torch.inf)
+    with torch.no_grad(), PromptSkip(model, range(3, 6)) as skip:
+        with skip.marked(marks):
+            packed = model(ids, position_ids=positions, use_cache=False, **more).logits
+        for k, document in enumerate(documents):
+            with skip.marked(marks[:, :length]):
+                alone = model(document, use_cache=False).logits
+            torch.testing.assert_close(packed[:, k * length : (k + 1) * length], alone, rtol=1e-3, atol=1e-3)
+
+
 def test_a_forward_pass_without_a_prompt_compiles_to_one_graph() -> None:
     model, ids = tiny_model("llama"), tokens(1, 7)
     with torch.no_grad(), PromptSkip(model, WINDOW, maps(), last_tokens=1):
