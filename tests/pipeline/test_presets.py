@@ -47,8 +47,12 @@ def test_what_is_trained_is_trained_as_published(name: str) -> None:
         distillation.max_grad_norm,
     )
     assert PUBLISHED[name] == found
-    # New modules have absolute rates in any case; those of the publications do not scale trained blocks.
-    assert not (isinstance(PRESETS[name].config.repair, BlockConfig) and distillation.scale_parameter)
+
+
+def test_the_rates_of_a_published_block_are_not_scaled() -> None:
+    layer, best = (PRESETS[name].config.distillation for name in ("llm-streamline-layer", "best"))
+    assert layer is not None and best is not None
+    assert (layer.scale_parameter, best.scale_parameter) == (False, True)
 
 
 def test_iterative_is_the_best_in_two_rounds() -> None:
