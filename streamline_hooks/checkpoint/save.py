@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -148,31 +148,40 @@ def save(
 
 
 def require_complete(model: Any, folder: Path) -> None:
-    """Raise unless a folder has the weights that its config describes; warn if loading narrows their dtype.
+    """Raise unless a folder has the weights that its config describes; warn if loading narrows or refuses weights.
 
-    The model is built on the meta device, so that no weight is read. Quantized weights are not compared.
+    The model is built on the meta device, so that no weight is read. Quantized weights are not compared, and neither
+    are modules that the model was built without, such as a pooler.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return
-    with _quiet_transformers():
-        described, info = type(model).from_pretrained(
-            folder,
-            device_map="meta",
-            dtype="auto",
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    try:
+        with _quiet_transformers():
+            described, info = type(model).from_pretrained(
+                folder,
+                device_map="meta",
+                dtype="auto",
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except TypeError:  # a class whose constructor needs more than a config
+        return
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
-    if keys := sorted({*info["missing_keys"], *mismatched}):
+    missing = [key for key in info["missing_keys"] if not _is_built_without(model, key)]
+    if keys := sorted({*missing, *mismatched}):
         raise StreamlineError(
-            f"The config of this {type(model).__name__} describes {len(keys)} weights that would not be in the files, "
-            f"or with another shape, such as {keys[0]}. Expected the weights of the config. Remove blocks by "
-            "LayerSurgeon instead of changing the module list, and set config.tie_word_embeddings if the head shares "
-            "the embedding."
+            f"{len(keys)} weights that the config describes are missing in this {type(model).__name__} or have another "
+            f"shape, such as {keys[0]}. Expected the weights of the config. Remove blocks by LayerSurgeon instead of "
+            "changing the module list, and set config.tie_word_embeddings if the head shares the embedding."
         )
-
+    if info["unexpected_keys"]:
+        warn_caller(
+            f"The config of this {type(model).__name__} does not describe all of its weights, such as "
+            f"{min(info['unexpected_keys'])}. They are saved, but `load` will refuse the folder. Remove these modules "
+            "before saving, or load them with your own code."
+        )
     loaded = dict(described.named_parameters())
     narrowed = [
         f"{name} ({parameter.dtype})"
@@ -183,10 +192,20 @@ def require_complete(model: Any, folder: Path) -> None:
     ]
     if narrowed:
         warn_caller(
-            f"{len(narrowed)} weights of this {type(model).__name__} have a wider dtype than the model, such as "
-            f"{narrowed[0]}. Loading casts them to {described.dtype}. Load with dtype=torch.float32 to keep their "
+            f"Not all weights of this {type(model).__name__} have the dtype of the model: {narrowed[0]} is the first "
+            f"of {len(narrowed)}. Loading casts them to {described.dtype}. Load with dtype=torch.float32 to keep their "
             "values."
         )
+
+
+def _is_built_without(model: nn.Module, key: str) -> bool:
+    """Whether a model lacks the module of a weight, other than an entry of a list."""
+    module = model
+    for name in key.split(".")[:-1]:
+        if module._modules.get(name) is None:
+            return not isinstance(module, (nn.ModuleList, nn.Sequential))
+        module = cast("nn.Module", module._modules[name])
+    return False
 
 
 @contextmanager

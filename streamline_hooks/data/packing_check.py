@@ -17,7 +17,10 @@ from streamline_hooks.recording import HiddenStateRecorder
 
 Piece = tuple[int, int, int]  # row, first token, end token (exclusive)
 
-_ADVICE = "Give the model one document per row instead of packed rows."
+_ADVICE = (
+    "Give the model one document per row instead of packed rows, or leave out an attention_mask, with which "
+    "Transformers does not separate documents."
+)
 _ROWS = 2  # some attention implementations handle packed rows only in a batch of one row
 
 

@@ -24,11 +24,11 @@ class DistillationConfig(Config):
         Peak learning rate; default 1e-3, for new modules that start from the closed form. Trained blocks need a lower
         rate, see `HealingConfig.learning_rate_ratio`.
     scale_parameter : bool
-        Multiply the learning rate of each trained weight of the original, in healed and inherited blocks, by its root
+        Multiply the learning rate of each trained matrix of the original, in healed and inherited blocks, by its root
         mean square divided by 0.2; default True. AdamW changes all entries by about the learning rate, and models
         differ in the size of their weights: about 0.19 in SmolLM2-135M, for which the default rates were chosen, and
-        0.015 in Qwen2.5-Coder-0.5B. Adafactor scales in the same way (arXiv 1804.04235, section 8). The rates of
-        adapters and new modules are not scaled.
+        0.015 in Qwen2.5-Coder-0.5B. Adafactor scales in the same way (arXiv 1804.04235, section 8). The rates of norms,
+        biases, adapters and new modules are not scaled.
     weight_decay : float
         Weight decay of AdamW for matrices; default 0.01. Vectors (norms, biases, scales) are not decayed.
     betas : tuple of float

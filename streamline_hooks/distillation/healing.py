@@ -47,6 +47,7 @@ class HealingConfig(Config):
         Number of blocks for `where` ``"beside"`` and ``"last"``; otherwise 0, the default.
     learning_rate_ratio : float
         Learning rate of the healed weights as a fraction of `DistillationConfig.learning_rate`, above 0; default 1.0.
+        `DistillationConfig.scale_parameter` scales it further.
         A lower value suits ``"partial"``, because blocks change less than new modules.
     head : bool
         Whether to train all weights of the LM head too; default False. A head tied to the input embedding is refused.

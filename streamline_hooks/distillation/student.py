@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from streamline_hooks.distillation.teacher_cache import TeacherCache
 
 _REFERENCE_RMS = 0.2  # of the weights of SmolLM2-135M, for which the default learning rates were chosen
-_MIN_RMS = 1e-3  # of weights that are 0, such as new biases; as in Adafactor
+_MIN_RMS = 1e-3  # of matrices that are 0; as in Adafactor
 
 
 class Student:
@@ -165,7 +165,7 @@ class Student:
     def learning_rate_factor(self, name: str, scale_parameter: bool = False) -> float:
         """Return the factor of the learning rate for a parameter: `rate` for copies, 1 for replacements.
 
-        With `scale_parameter`, see `DistillationConfig`, the factor of a weight of the original is multiplied by its
+        With `scale_parameter`, see `DistillationConfig`, the factor of a matrix of the original is multiplied by its
         root mean square, at least 0.001, divided by 0.2.
         """
         factor, is_original = 1.0, False
@@ -176,8 +176,9 @@ class Student:
                     is_copy = path in copied
                     factor = self.rate if is_copy else 1.0
                     is_original = COPIED_FROM in vars(module) or (is_copy and "lora_" not in name)
-        if scale_parameter and is_original:
-            square = self.parameters()[name].detach().double().square().mean()
+        parameter = self.parameters()[name]
+        if scale_parameter and is_original and parameter.ndim > 1:
+            square = parameter.detach().double().square().mean()
             square = getattr(square, "full_tensor", lambda: square)()  # of a parameter sharded by FSDP2
             factor *= max(float(square.sqrt()), _MIN_RMS) / _REFERENCE_RMS
         return factor

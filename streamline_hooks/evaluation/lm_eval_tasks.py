@@ -85,8 +85,9 @@ class TaskResult:
     scores : tuple of float
         Scores by item. The scores of a group are concatenated by task.
     chance : float
-        Accuracy without knowledge: the mean of 1 / choices. If all items have the same choices, such as yes and no, and
-        one answer is more frequent, it is the frequency of this answer among the other items of each item with it.
+        Accuracy without knowledge: the mean of 1 / choices. If all items have the same choices, such as yes and no: the
+        frequency of the most frequent answer, counted without one item that has it, because the frequency is too high
+        for few items; at least 1 / choices.
     generates : bool
         Whether the task scores generated or predicted text instead of multiple choice.
     loglikelihoods, tokens : tuple of tuple

@@ -21,7 +21,6 @@ from streamline_hooks.data import (
     TokenSplit,
     check_packing,
     check_tokenizer,
-    document_starts,
     read_documents,
     split_documents,
     text_column,
@@ -345,17 +344,22 @@ def _check_batches(model: Any, split: BatchSplit, target: Target, task: Task) ->
 
 
 def _packed_rows(batches: Iterable[Batch | Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the token ids, positions and mask of the batches without padding whose positions restart in a row."""
+    """Yield the token ids, positions and masks of rows whose positions restart, each without its padding."""
     for batch in batches:
         if isinstance(batch, Tensor):
             continue
         ids, positions, mask = (batch.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
         if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.ndim != 2:
             continue
-        has_padding = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all()
-        if not has_padding and bool((document_starts(positions).sum(dim=1) > 1).any()):
-            rows = {"input_ids": ids, "position_ids": positions.expand(ids.shape)}
-            yield rows | ({"attention_mask": mask} if isinstance(mask, Tensor) else {})
+        if mask is not None and mask.shape != ids.shape:  # refused when the model runs
+            continue
+        positions = positions.expand(ids.shape)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
+        inside = real[:, 1:] & real[:, :-1] & (positions.diff(dim=1) != 1)
+        for row in inside.any(dim=1).nonzero().flatten().tolist():
+            columns = real[row]
+            packed_row = {"input_ids": ids[row : row + 1, columns], "position_ids": positions[row : row + 1, columns]}
+            yield packed_row | ({} if mask is None else {"attention_mask": mask[row : row + 1, columns]})
 
 
 def _rows_by_step(rows: Mapping[str, Tensor], count: int) -> tuple[Tensor, ...]:

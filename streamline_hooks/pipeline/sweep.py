@@ -10,7 +10,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -416,13 +416,22 @@ def _device_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _source(function: Callable[..., Any]) -> str:
-    """Return the source of a function; if it has no file, its bytecode and constants."""
+def _source(score: Any) -> Iterator[str]:
+    """Yield the source of a user's function or callable object, and a digest of the data that it contains."""
+    if isinstance(score, partial):
+        yield batches_digest([score.args, score.keywords])
+        yield from _source(score.func)
+        return
+    defined = score if inspect.isroutine(score) else type(score)
+    if str(getattr(defined, "__module__", "")).startswith("streamline_hooks."):
+        return
     try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        return repr((code.co_code, code.co_consts)) if code is not None else repr(function)
+        yield inspect.getsource(defined)
+    except (OSError, TypeError):  # it has no file
+        yield getattr(getattr(defined, "__code__", None), "co_code", b"").hex()
+    enclosed = [cell.cell_contents for cell in getattr(score, "__closure__", None) or ()]
+    defaults = [getattr(score, name, None) or [] for name in ("__defaults__", "__kwdefaults__")]
+    yield batches_digest([enclosed, *defaults, [] if inspect.isroutine(score) else vars(score)])
 
 
 def _criterion_digests(config: CompressionConfig) -> list[str]:
@@ -435,11 +444,7 @@ def _criterion_digests(config: CompressionConfig) -> list[str]:
         else:
             if criterion.made_of is not None:
                 yield criterion.made_of()
-            score: Any = criterion.score
-            arguments = (score.args, score.keywords) if isinstance(score, partial) else ()
-            function = score.func if isinstance(score, partial) else score
-            if not str(getattr(function, "__module__", "")).startswith("streamline_hooks."):
-                yield f"{_source(function)} {arguments}"
+            yield from _source(criterion.score)
 
     return list(digests(config.search.resolved_criterion))
 

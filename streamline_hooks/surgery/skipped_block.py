@@ -257,10 +257,13 @@ def cache_name(module: nn.Module) -> str:
 
 def first_tokens(mask: Any, cached: int, state: Tensor, positions: Any = None) -> Tensor:
     """Return which tokens of a call are the first real token of their sequence or packed document, (batch, tokens)."""
-    first = _first_real_tokens(mask, cached, state)
-    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == state.shape[1]:
+    first, tokens = _first_real_tokens(mask, cached, state), state.shape[1]
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == tokens:
+        restarts = positions.to(state.device).diff(dim=1) != 1
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # the positions of padding do not count
+            restarts = restarts & mask[:, cached + 1 : cached + tokens].to(state.device).bool()
         first = first.clone()
-        first[:, 1:] |= positions.to(state.device).diff(dim=1) != 1
+        first[:, 1:] |= restarts
     return first
 
 

@@ -141,11 +141,7 @@ class StochasticDepth:
                 f"Another StochasticDepth is open on this {type(self.model).__name__}. Expected at most one. Leave "
                 "that context first, and pass all rates to one StochasticDepth."
             )
-        if any(find_prompt_skip(module) is not None for module in (self.model, *self.stack.ancestors)):
-            raise StreamlineError(
-                f"The prompts of this {type(self.model).__name__} skip blocks. Expected a model without a PromptSkip: "
-                "a forward that drops the first block of its window would not skip the others. Train the original."
-            )
+        self._refuse_prompt_skip()
         self._skipping = BlockSkipper(self.model, self.stack)
         if self._skipping.follow():
             self.stack = self._skipping.stack
@@ -167,9 +163,20 @@ class StochasticDepth:
     @property
     def rates(self) -> tuple[float, ...]:
         """Return the probability of skipping each block; 0 for blocks that were inserted later."""
-        if self._running is None:
-            self.stack = find_stack(self.model, self.stack.path)  # blocks may have been removed since the last forward
+        self._find_stack()
         return self._rates_of_stack()
+
+    def _find_stack(self) -> None:
+        """Find the stack again between two forwards, because blocks may have been removed since the last one."""
+        if self._running is None:
+            self.stack = find_stack(self.model, self.stack.path)
+
+    def _refuse_prompt_skip(self) -> None:
+        if any(find_prompt_skip(module) is not None for module in (self.model, *self.stack.ancestors)):
+            raise StreamlineError(
+                f"The prompts of this {type(self.model).__name__} skip blocks. Expected a model without a PromptSkip: "
+                "a forward that drops the first block of its window would not skip the others. Train the original."
+            )
 
     def _rates_of_stack(self) -> tuple[float, ...]:
         return tuple(self._rates.get(block, 0.0) for block in self.stack.blocks)
@@ -208,6 +215,7 @@ class StochasticDepth:
                 f"The state is invalid ({type(error).__name__}: {error}). Expected the result of "
                 "StochasticDepth.state_dict()."
             ) from error
+        self._find_stack()
         if len(rates) != len(self.stack):
             raise StreamlineError(
                 f"The state has rates for {len(rates)} blocks. Expected {len(self.stack)}, the number of blocks of "
@@ -230,6 +238,7 @@ class StochasticDepth:
         if self._running is not None or not module.training:
             return
         _refuse_traced(module)
+        self._refuse_prompt_skip()
         caches = [name for name in _CACHES if kwargs.get(name) is not None]
         if caches:
             raise StreamlineError(

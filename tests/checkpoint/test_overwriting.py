@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from streamline_hooks import LayerSurgeon, StreamlineError, compress, load, save
 from streamline_hooks.checkpoint import check_output_folder, export_plain, update_checksums
@@ -271,6 +271,30 @@ def with_a_tied_head(model: Any) -> None:
     model.lm_head.weight = model.model.embed_tokens.weight
 
 
+class WithOption(LlamaForCausalLM):
+    """A class that the config alone does not build."""
+
+    def __init__(self, config: Any, option: int) -> None:
+        super().__init__(config)
+
+
+def test_modules_that_a_model_was_built_without_are_not_missed(tmp_path: Path) -> None:
+    config = tiny_model("bert").config
+    bert = BertModel(config, add_pooling_layer=False)
+    assert load(save(bert, tmp_path / "bert")) is not None
+    needing = WithOption(tiny_model("llama").config, 1)
+    assert save(needing, tmp_path / "needing").is_dir()
+
+
+def test_weights_that_the_config_does_not_describe_are_told(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    model.score = nn.Linear(32, 1)
+    with pytest.warns(UserWarning, match=r"not describe all of its weights, such as score.bias.*will refuse"):
+        save(model, tmp_path / "scored")
+    with pytest.raises(StreamlineError, match="score.bias"):
+        load(tmp_path / "scored")
+
+
 def with_another_width(model: Any) -> None:
     model.lm_head = nn.Linear(model.lm_head.in_features, 7, bias=False)
 
@@ -282,7 +306,7 @@ def test_weights_that_the_config_describes_are_all_written_or_the_old_folder_kep
 ) -> None:
     model, before = build("llama"), content(tmp_path)
     change(model)
-    with pytest.raises(StreamlineError, match=r"describes \d+ weights that would not be in the files.*such as "):
+    with pytest.raises(StreamlineError, match=r"\d+ weights that the config describes are missing.*such as "):
         write(model, saved, overwrite=True)
     assert content(tmp_path) == before
     model = tiny_model("llama", tie_word_embeddings=True)

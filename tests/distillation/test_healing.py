@@ -93,7 +93,7 @@ def test_what_stays_learns_at_its_own_rate(rate: float) -> None:
 
 @pytest.mark.parametrize("size", [0.05, 0.5])
 def test_a_step_changes_weights_of_any_size_by_the_same_fraction(size: float) -> None:
-    """In healed and inherited blocks, but not in a new module."""
+    """Matrices of healed and inherited blocks, but neither vectors nor new modules."""
     model: Any = tiny_model("llama")
     with torch.no_grad():
         for name, parameter in model.model.layers.named_parameters():
@@ -107,11 +107,11 @@ def test_a_step_changes_weights_of_any_size_by_the_same_fraction(size: float) ->
     before = {name: p.detach().clone() for name, p in student.parameters().items()}
     expected = {
         name: {"2-3": 1.0, "5-5": 1.0, "7": 0.5}[name.partition(".")[0]]
-        * (1.0 if name.startswith("5-5") else float(p.square().mean().sqrt()) / 0.2)
+        * (1.0 if name.startswith("5-5") or p.ndim == 1 else float(p.square().mean().sqrt()) / 0.2)
         for name, p in before.items()
     }
     found = {name: student.learning_rate_factor(name, scale_parameter=True) for name in before}
-    assert found == pytest.approx(expected, rel=1e-4) and max(found.values()) > 10 * min(found.values())
+    assert found == pytest.approx(expected, rel=1e-4)
     trained = train(student, BATCHES, BATCHES, EVEN)
     assert trained.best_step == trained.steps
     for name, parameter in student.parameters().items():
@@ -120,16 +120,18 @@ def test_a_step_changes_weights_of_any_size_by_the_same_fraction(size: float) ->
         assert 0.2 * longest < moved < 1.5 * longest, name
 
 
-def test_rates_of_adapters_are_not_scaled_and_zeros_still_learn() -> None:
+def test_rates_of_adapters_are_not_scaled_and_tiny_weights_still_learn() -> None:
     model: Any = tiny_model("llama", attention_bias=True)
     with torch.no_grad():
         for block in model.model.layers:
-            block.self_attn.o_proj.bias.zero_()
+            block.self_attn.q_proj.weight.fill_(1e-9)
     stack = find_stack(model)
     adapted = student_of(stack, [], HealingConfig("lora", learning_rate_ratio=0.5))
     assert {adapted.learning_rate_factor(name, scale_parameter=True) for name in adapted.parameters()} == {0.5}
     healed = student_of(stack, [], HealingConfig("partial", learning_rate_ratio=0.5))
-    assert healed.learning_rate_factor("0.0.self_attn.o_proj.bias", scale_parameter=True) == pytest.approx(0.5 * 0.005)
+    of_matrix, of_bias = (f"0.0.self_attn.q_proj.{name}" for name in ("weight", "bias"))
+    assert healed.learning_rate_factor(of_matrix, scale_parameter=True) == pytest.approx(0.5 * 0.005)
+    assert healed.learning_rate_factor(of_bias, scale_parameter=True) == 0.5
     assert {healed.learning_rate_factor(name) for name in healed.parameters()} == {0.5}
 
 

@@ -526,8 +526,13 @@ def test_packed_batches_whose_documents_a_model_mixes_are_refused() -> None:
     """A mask switches off the separation of documents in Transformers, and OPT has none."""
     assert compress(tiny_model("llama"), packed_rows(), remove=2).report
     mask = torch.ones(2, 24, dtype=torch.long)
-    for model, batches in ((tiny_model("llama"), packed_rows(attention_mask=mask)), (tiny_model("opt"), packed_rows())):
-        with pytest.raises(StreamlineError, match="mixes the documents of a packed row"):
+    padded = mask.index_fill(1, torch.tensor([22, 23]), 0)
+    for model, batches in (
+        (tiny_model("llama"), packed_rows(attention_mask=mask)),
+        (tiny_model("llama"), packed_rows(attention_mask=padded)),
+        (tiny_model("opt"), packed_rows()),
+    ):
+        with pytest.raises(StreamlineError, match="mixes the documents of a packed row.*leave out an attention_mask"):
             compress(model, batches, remove=2)
 
 

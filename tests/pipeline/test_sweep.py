@@ -247,9 +247,28 @@ def test_a_criterion_is_known_by_its_source(counted: Counted, tmp_path: Path, mo
         options = {"tokenizer": Numbers(), "cache_file": tmp_path / "x", **ONE_POINT}
         return sweep(MODEL, random_split(), configured(criterion="mine"), **options).points[0].refused
 
+    class Weighted:
+        def __init__(self, weight: float) -> None:
+            self.weight = weight
+
+        def __call__(self, profile: Any, window: range) -> float:
+            return self.weight * window.start
+
     last.__name__ = last.__qualname__ = first.__qualname__  # the function was edited
     scores = (first, last, first, last, partial(first, sign=2), partial(first, sign=3), partial(first, sign=2))
     assert [refused(score) for score in scores] == [f"time {k}" for k in (1, 2, 1, 2, 3, 4, 3)]
+
+    def enclosing(weight: float) -> Any:
+        return lambda profile, window: first(profile, window) * weight
+
+    def with_default(weight: float) -> Any:
+        return lambda profile, window, weight=weight: first(profile, window) * weight
+
+    number = 4
+    for make in (Weighted, enclosing, with_default):
+        expected = [f"time {number + 1}", f"time {number + 2}", f"time {number + 1}"]
+        assert [refused(make(weight)) for weight in (1.0, 2.0, 1.0)] == expected
+        number += 2
 
 
 def test_another_tokenizer_or_autocast_makes_it_anew(counted: Counted, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from streamline_hooks import HiddenStateRecorder, StreamlineError, find_stack
 from streamline_hooks.recording import ActivationStore, Intervention, Scale
 from streamline_hooks.surgery import bypassing
+from streamline_hooks.testing import tiny_model as tiny_of_type
 from tests.tiny_models import BLOCKS, WIDTH, padded, tiny_model, tokens
 
 LENGTHS = ([7, 4], [5], [3, 6, 2], [8, 1])
@@ -316,6 +317,17 @@ def test_states_that_a_hook_changes_are_not_mixed_with_others(
     assert files(folder) == before
     record(changed=is_changed)
     assert ActivationStore(folder).complete
+
+
+def test_rounding_and_a_first_batch_of_padding_do_not_stop_a_run(tmp_path: Path) -> None:
+    """Rounding changes the experts of single tokens, and thereby their states by more than a tenth."""
+    model = tiny_of_type("mixtral", dtype=torch.bfloat16)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        ActivationStore(tmp_path / "experts").record(model, batches_of(), blocks=[2])
+    empty = {"input_ids": tokens(1, 3), "attention_mask": torch.zeros(1, 3, dtype=torch.long)}
+    for _ in range(2):
+        ActivationStore(tmp_path / "padding").record(tiny_model("llama"), [empty, *batches_of()], blocks=[2])
 
 
 def test_other_metadata_are_refused(tmp_path: Path) -> None:

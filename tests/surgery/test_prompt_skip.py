@@ -314,6 +314,17 @@ def test_marks_inside_marks_end_with_their_context() -> None:
         assert torch.equal(model(ids).logits, expected)
 
 
+def test_padding_does_not_run_the_skipped_blocks() -> None:
+    """Its positions are all the same, but no document begins there."""
+    model, columns = tiny_model("llama"), []
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :30] = 0
+    with PromptSkip(model, range(3, 6), last_tokens=1) as skip:
+        skip.stack[3].register_forward_hook(lambda *_: columns.append(skip._pass.columns))
+        model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert columns[0].tolist() == [0, 30, 39]
+
+
 @pytest.mark.parametrize("has_mask", [False, True])
 def test_the_first_token_of_each_packed_document_runs_every_block(has_mask: bool) -> None:
     model, length = tiny_model("llama"), 8

@@ -262,6 +262,7 @@ def test_a_removal_in_the_middle_is_followed(tmp_path: Path) -> None:
         saved = depth.state_dict()  # before the next forward
         assert saved["rates"] == list(depth.rates) and len(saved["rates"]) == len(find_stack(model))
         StochasticDepth(copy.deepcopy(model)).load_state_dict(saved)
+        depth.load_state_dict(saved)
         for _ in range(3):
             skipped = ()
             while not skipped:
@@ -413,6 +414,8 @@ def test_a_model_whose_prompts_skip_blocks_is_refused(is_committed: bool) -> Non
     else:
         with StochasticDepth(model, 0.3):
             loss_of(model)
+            with PromptSkip(model, range(3, 6)), pytest.raises(StreamlineError, match="without a PromptSkip"):
+                loss_of(model)
 
 
 def test_blocks_with_parts_of_one_weight_are_refused() -> None:
