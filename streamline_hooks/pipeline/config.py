@@ -284,7 +284,7 @@ class CompressionConfig(Config):
                     f"{register}."
                 )
         check_json_values(self)
-        if self.search.zeroes_branches and not (self.repair.replaces_branches or self.repair == NoneConfig()):
+        if self.search.zeroes_branches and not (self.repair.replaces_branches or isinstance(self.repair, NoneConfig)):
             raise StreamlineError(
                 f"CompressionConfig: repair={self.repair} has no effect, because the search {self.search.kind!r} "
                 "removes attention or MLP branches, which only linear maps of full rank replace. Expected "

@@ -37,7 +37,7 @@ from streamline_hooks.pipeline import EvaluationConfig
 from streamline_hooks.pipeline import config as config_module
 from streamline_hooks.pipeline.presets import PRESETS
 from streamline_hooks.repair import MLPConfig, NoneConfig, ReplacementConfig, register_replacement
-from streamline_hooks.selection import DisjointSearch, WindowSearch
+from streamline_hooks.selection import DisjointSearch, MLPSearch, WindowSearch
 from tests.golden import inputs
 from tests.other_models import bert
 from tests.processes import ROOT
@@ -110,6 +110,11 @@ def test_numbers_are_read_as_python_reads_them(text: str) -> None:
     config = CompressionConfig.from_yaml(f"distillation: {{learning_rate: {text}}}")
     assert config.distillation == DistillationConfig(learning_rate=1e-3)
     assert CompressionConfig.from_yaml(config.to_yaml()) == config
+
+
+def test_branches_may_be_removed_without_a_replacement() -> None:
+    for seed in (None, 1):
+        assert CompressionConfig(search=MLPSearch(), repair=NoneConfig(seed=seed)).repair.seed == seed
 
 
 @pytest.mark.parametrize(
