@@ -527,8 +527,8 @@ class ActivationStore:
 
     def __getitem__(self, rows: int | slice) -> dict[str, Tensor]:
         """Return the columns of one token (without the first axis) or of a slice of tokens."""
+        self._require_readable()
         length = len(self)
-        self._readable_shards()
         if isinstance(rows, int):
             if not -length <= rows < length:
                 raise IndexError(f"Token {rows} is out of range. Expected {-length} to {length - 1}.")
@@ -621,6 +621,11 @@ class ActivationStore:
 
     def _readable_shards(self) -> list[tuple[Path, int]]:
         """Return the path and number of each shard; raise if the store is empty, incomplete or damaged."""
+        self._require_readable()
+        return self._undamaged_shards()
+
+    def _require_readable(self) -> None:
+        """Raise if the store is empty or incomplete."""
         if not self._shards:
             raise StreamlineError(
                 f"{self.folder} contains no shard of an ActivationStore. Expected a recorded store. Call record() "
@@ -632,7 +637,6 @@ class ActivationStore:
                 "tokens). Expected a finished run. Repeat the call that wrote it, or read its complete shards with "
                 "ActivationStore(folder, partial=True)."
             )
-        return self._undamaged_shards()
 
     def _undamaged_shards(self) -> list[tuple[Path, int]]:
         for shard in self._shards:
