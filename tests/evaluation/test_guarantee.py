@@ -204,12 +204,19 @@ def test_the_drop_in_accuracy_is_that_of_the_scores_by_question(stories: tuple[A
     assert "20 questions" in str(statement)
 
 
+def with_ids(config: dict[str, Any]) -> dict[str, Any]:
+    """Number the documents of a task, so that copies of a question are different documents."""
+    documents = config["custom_dataset"]()["test"]
+    numbered = documents.add_column("id", list(range(len(documents))))
+    return {**config, "custom_dataset": lambda **_: {"test": numbered}}
+
+
 def test_questions_that_occur_twice_are_refused(stories: tuple[Any, Any]) -> None:
     model, tokenizer = stories
     for tasks in (
         [task_config_from_rows(ROWS, "one"), task_config_from_rows(ROWS, "other")],
         [task_config_from_rows(ROWS * 2, "twice")],
-        [task_config_from_rows([{**row, "id": number} for number, row in enumerate(ROWS * 2)], "other ids")],
+        [with_ids(task_config_from_rows(ROWS * 2, "other ids"))],
     ):
         with pytest.raises(StreamlineError, match="24 of 48 questions occur twice"):
             guarantee(model, copy.deepcopy(model), tasks, "accuracy_drop", tokenizer=tokenizer)
