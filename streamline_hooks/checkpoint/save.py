@@ -159,6 +159,8 @@ def require_complete(model: Any, folder: Path) -> None:
         with _quiet_transformers():
             described, info = type(model).from_pretrained(
                 folder,
+                # Transformers 4 reads nested settings of the same model type instead if it reads the file.
+                config=type(model.config).from_dict(read_json(folder / CONFIG)),
                 device_map="meta",
                 dtype="auto",
                 ignore_mismatched_sizes=True,
