@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks.core import Batch, StreamlineError, describe_blocks
+from streamline_hooks.distillation.weight_scale import relative_rms, relative_rms_of_block
 from streamline_hooks.modeling import BlockStack, Task, find_stack, keep_4_bit_layout
 from streamline_hooks.recording import ForwardStopped, HiddenStateRecorder, RecordingConfig
 from streamline_hooks.repair import FoldedMap, ScaleFactor, WindowReplacement, insert_replacement
@@ -31,9 +32,6 @@ from streamline_hooks.surgery import (
 
 if TYPE_CHECKING:
     from streamline_hooks.distillation.teacher_cache import TeacherCache
-
-_REFERENCE_RMS = 0.2  # of the weights of SmolLM2-135M, for which the default learning rates were chosen
-_MIN_RMS = 1e-3  # of matrices that are 0; as in Adafactor
 
 
 class Student:
@@ -165,23 +163,33 @@ class Student:
     def learning_rate_factor(self, name: str, scale_parameter: bool = False) -> float:
         """Return the factor of the learning rate for a parameter: `rate` for copies, 1 for replacements.
 
-        With `scale_parameter`, see `DistillationConfig`, the factor of a matrix of the original is multiplied by its
-        root mean square, at least 0.001, divided by 0.2.
+        With `scale_parameter`, see `DistillationConfig`, the factor of a matrix is multiplied by a root mean square
+        divided by 0.2: of the matrix itself in copies and inherited blocks, and the median of the matrices of block
+        `start` in new modules. The factors of vectors and adapters are not multiplied.
+
+        Raises
+        ------
+        StreamlineError
+            If block `start` has no matrix whose values can be read, because of its quantization.
         """
-        factor, is_original = 1.0, False
-        copied = {*map(str, self.copies), *self.outside}
-        for path, modules in self.modules.items():
-            for number, module in enumerate(modules):
-                if name.startswith(f"{path}.{number}."):
-                    is_copy = path in copied
-                    factor = self.rate if is_copy else 1.0
-                    is_original = COPIED_FROM in vars(module) or (is_copy and "lora_" not in name)
         parameter = self.parameters()[name]
-        if scale_parameter and is_original and parameter.ndim > 1:
-            square = parameter.detach().double().square().mean()
-            square = getattr(square, "full_tensor", lambda: square)()  # of a parameter sharded by FSDP2
-            factor *= max(float(square.sqrt()), _MIN_RMS) / _REFERENCE_RMS
-        return factor
+        copied = {*map(str, self.copies), *self.outside}
+        path, module = next(
+            (path, module)
+            for path, modules in self.modules.items()
+            for number, module in enumerate(modules)
+            if name.startswith(f"{path}.{number}.")
+        )
+        factor = self.rate if path in copied else 1.0
+        if not scale_parameter or parameter.ndim < 2 or (path in copied and "lora_" in name):
+            return factor
+        if path in copied or COPIED_FROM in vars(module):
+            return factor * relative_rms(parameter)
+        return factor * self._size_of_first_block
+
+    @cached_property
+    def _size_of_first_block(self) -> float:
+        return relative_rms_of_block(self.stack[self.start])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -113,7 +113,7 @@ def training_fingerprint(
     if config.scale_parameter and any(
         student.learning_rate_factor(name, True) != student.learning_rate_factor(name) for name in parameters
     ):  # files without scaled rates stay valid
-        module_options.append(("scale_parameter", "True", None))
+        module_options.append(("scale_parameter", "all matrices", None))
     parts_of_run = sorted(settings.items()), shapes, student.windows, student.rate, module_options, task, data_digests
     digest = hashlib.sha256(repr((*parts_of_run, *student.settings)).encode())
     for model in dict.fromkeys([student.model, student.teacher]):

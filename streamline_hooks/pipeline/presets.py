@@ -93,6 +93,7 @@ for _preset in (
             distillation=DistillationConfig(
                 loss={"mse": 1.0},
                 learning_rate=2e-4,
+                scale_parameter=False,
                 weight_decay=1e-3,
                 betas=(0.9, 0.95),
                 warmup_ratio=0.03,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.cli import parse_healing, parse_replacement
@@ -91,9 +95,13 @@ def test_what_stays_learns_at_its_own_rate(rate: float) -> None:
     assert 0.2 * longest < moved["2-3.0.projection.weight"] < 1.5 * longest
 
 
+def rms(weight: torch.Tensor) -> float:
+    return float(weight.detach().square().mean().sqrt())
+
+
 @pytest.mark.parametrize("size", [0.05, 0.5])
 def test_a_step_changes_weights_of_any_size_by_the_same_fraction(size: float) -> None:
-    """Matrices of healed and inherited blocks, but neither vectors nor new modules."""
+    """Matrices of healed and inherited blocks, and new modules by the size of the first changed block."""
     model: Any = tiny_model("llama")
     with torch.no_grad():
         for name, parameter in model.model.layers.named_parameters():
@@ -105,9 +113,11 @@ def test_a_step_changes_weights_of_any_size_by_the_same_fraction(size: float) ->
     inherited = BlockConfig(solve=False).build(stack, range(2, 4))
     student = student_of(stack, [(range(2, 4), inherited), (range(5, 6), LinearReplacement(32))], healing)
     before = {name: p.detach().clone() for name, p in student.parameters().items()}
+    of_first_block = [rms(p) for p in model.model.layers[2].parameters() if p.ndim > 1]
+    assert len(of_first_block) == 7
     expected = {
         name: {"2-3": 1.0, "5-5": 1.0, "7": 0.5}[name.partition(".")[0]]
-        * (1.0 if name.startswith("5-5") or p.ndim == 1 else float(p.square().mean().sqrt()) / 0.2)
+        * (1.0 if p.ndim == 1 else (median(of_first_block) if name.startswith("5-5") else rms(p)) / 0.2)
         for name, p in before.items()
     }
     found = {name: student.learning_rate_factor(name, scale_parameter=True) for name in before}
@@ -133,6 +143,44 @@ def test_rates_of_adapters_are_not_scaled_and_tiny_weights_still_learn() -> None
     assert healed.learning_rate_factor(of_matrix, scale_parameter=True) == pytest.approx(0.5 * 0.005)
     assert healed.learning_rate_factor(of_bias, scale_parameter=True) == 0.5
     assert {healed.learning_rate_factor(name) for name in healed.parameters()} == {0.5}
+
+
+def new_module_factor(model: nn.Module) -> float:
+    student = Student(model, [(range(2, 4), LinearReplacement(64))])
+    return student.learning_rate_factor("2-3.0.projection.weight", scale_parameter=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_new_modules_of_a_quantized_model_learn_at_the_same_rate(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = tiny_model("llama", hidden_size=64)
+    model.save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    assert not quantized.model.layers[2].mlp.up_proj.weight.is_floating_point()
+    for _ in range(2):
+        assert new_module_factor(quantized) == pytest.approx(new_module_factor(model), rel=0.05)
+        quantized(torch.arange(3, 35)[None])  # may change the layout of the weights
+
+
+def test_new_modules_of_an_offloaded_model_learn_at_the_same_rate() -> None:
+    model = tiny_model("llama", hidden_size=64)
+    wanted = new_module_factor(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert new_module_factor(model) == wanted
+    assert next(model.model.layers[2].parameters()).is_meta
+
+
+def test_rates_of_new_modules_need_weights_whose_size_is_known() -> None:
+    """Such as those of formats that keep integers in buffers."""
+    model: Any = tiny_model("llama", hidden_size=64)
+    for layer in model.model.layers[2].modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(StreamlineError, match="LlamaDecoderLayer has no matrix of .* Set scale_parameter=False"):
+        new_module_factor(model)
+    student = Student(model, [(range(2, 4), LinearReplacement(64))])
+    assert student.learning_rate_factor("2-3.0.projection.weight") == 1
 
 
 def test_adapters_share_the_weights_that_they_do_not_train() -> None:

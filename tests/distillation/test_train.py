@@ -673,14 +673,14 @@ def steps_of(
 
 
 def test_the_rate_rises_and_falls_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(QUICK, warmup_ratio=0.25, min_lr_ratio=0.1)
+    settings = replace(QUICK, warmup_ratio=0.25, min_lr_ratio=0.1, scale_parameter=False)
     rates = [rate[0] for rate, _ in steps_of(monkeypatch, settings, student_of(tiny_model("llama"))[0])]
     wanted = [k / 3 for k in range(3)] + [0.1 + 0.9 * (1 + math.cos(math.pi * k / 9)) / 2 for k in range(9)]
     assert rates == pytest.approx([1e-2 * w for w in wanted])
 
 
 def test_a_single_step_is_not_lost_to_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(QUICK, epochs=1, gradient_accumulation_steps=6)
+    settings = replace(QUICK, epochs=1, gradient_accumulation_steps=6, scale_parameter=False)
     (made,) = steps_of(monkeypatch, settings, student_of(tiny_model("llama"))[0])
     assert made[0] == [1e-2]
 

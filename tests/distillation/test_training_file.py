@@ -24,7 +24,7 @@ FILES = Path(__file__).parent / "files"  # written by the version before `Distil
 RUNS: dict[str, tuple[str, DistillationConfig, HardwareConfig]] = {
     "plain": (
         "380b40b3599900c26126d6b243d3173267731c82131bcd560102343ff6cc1125",
-        DistillationConfig(epochs=2, learning_rate=1e-2, validations=2, patience=7, seed=3),
+        DistillationConfig(epochs=2, learning_rate=1e-2, scale_parameter=False, validations=2, patience=7, seed=3),
         HardwareConfig(),
     ),
 }

@@ -49,10 +49,11 @@ def test_what_is_trained_is_trained_as_published(name: str) -> None:
     assert PUBLISHED[name] == found
 
 
-def test_the_rates_of_a_published_block_are_not_scaled() -> None:
-    layer, best = (PRESETS[name].config.distillation for name in ("llm-streamline-layer", "best"))
-    assert layer is not None and best is not None
-    assert (layer.scale_parameter, best.scale_parameter) == (False, True)
+@pytest.mark.parametrize(("name", "is_scaled"), [(name, not name.startswith("llm-streamline")) for name in PUBLISHED])
+def test_published_rates_are_not_scaled(name: str, is_scaled: bool) -> None:
+    distillation = PRESETS[name].config.distillation
+    assert distillation is not None
+    assert distillation.scale_parameter == is_scaled
 
 
 def test_iterative_is_the_best_in_two_rounds() -> None:
