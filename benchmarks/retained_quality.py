@@ -163,6 +163,7 @@ RECIPES: dict[str, Recipe] = {
     "all blocks healed by LoRA on 4-bit weights": Recipe(
         healing=HealingConfig("lora", learning_rate_ratio=0.2), quantized=True
     ),
+    "absolute rates": Recipe(distillation=replace(SETTINGS, scale_parameter=False)),
     "lower learning rate": Recipe(distillation=replace(SETTINGS, learning_rate=5e-4)),
     "learning rate 2e-4": Recipe(distillation=replace(SETTINGS, learning_rate=2e-4)),
     "learning rate 1e-4": Recipe(distillation=replace(SETTINGS, learning_rate=1e-4)),
@@ -573,8 +574,9 @@ def table(content: Mapping[str, Any]) -> str:
         "kind. Columns of perplexity are ratios to that of the original. Intervals are 95 % bootstrap intervals over "
         "questions, passages and sets of problems with the same examples; they do not include the variance over seeds, "
         "each of which also leaves out another domain. Columns with *against best* are differences over the seeds that "
-        "both rows have. *Kept weights* are those of the blocks with replacements, as a fraction of the original's "
-        "blocks. Known text includes WikiText, which is tokenized in the training text and raw in the held-out text. "
+        "both rows have. Rows with * were trained with the same rate for all matrices (`scale_parameter=False`) and are "
+        "compared with *absolute rates* instead. *Kept weights* are those of the blocks with replacements, as a "
+        "fraction of the original's blocks. Known text includes WikiText, which is tokenized in the training text and raw in the held-out text. "
         "Minutes are CPU time of one thread for fit and training, without the choice of the blocks. Matrix products of "
         "the answers are in bfloat16 where the CPU supports it; questions of earlier rows, by both models, in float32.",
     ]
@@ -601,7 +603,7 @@ def _development_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[
         known, unknown = ([row["development"]["kl"][kind] for row in own] for kind in ("seen", "unseen"))
         problems = relative_accuracy(paired_scores(content, own, "development"), clearly=CLEARLY)["generation"]
         losses = [v["distance"] for row in own if row["training"] for v in [_best_validation(row)]]
-        cells = [name, _seeds(own), f"{statistics.fmean(known):.3f}", f"{kl[name]:.3f}"]
+        cells = [_name(name, own), _seeds(own), f"{statistics.fmean(known):.3f}", f"{kl[name]:.3f}"]
         cells.append(", ".join(f"{nats:.3f}" for nats in unknown))
         mine, best = _with_same_seeds(name, rows)
         by_row = [[row["development"]["kl"]["unseen"] for row in side] for side in (mine, best)]
@@ -621,7 +623,7 @@ def _final_lines(content: Mapping[str, Any], rows: Mapping[str, list[dict[str, A
     for name, own in rows.items():
         mine, best = _with_same_seeds(name, rows)
         kept = [row["kept"] for row in own if "kept" in row]
-        cells = [name, _seeds(own), f"{statistics.fmean(kept):.1%}" if kept else ""]
+        cells = [_name(name, own), _seeds(own), f"{statistics.fmean(kept):.1%}" if kept else ""]
         for column, digits in (("kl", 3), ("perplexity_ratio", 2)):
             cells += [f"{statistics.fmean(_by_domain(own, column, unknown)):.{digits}f}" for unknown in (False, True)]
             if column == "kl":
@@ -656,9 +658,19 @@ def _with_same_seeds(
     name: str, rows: Mapping[str, list[dict[str, Any]]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rows of a recipe and those of `best` with the same seeds; none if it is `best` or shares no seed."""
-    seeds = {row["seed"] for row in rows.get("best", []) if name != "best"} & {row["seed"] for row in rows[name]}
-    mine, best = ([row for row in rows[key] if row["seed"] in seeds] if seeds else [] for key in (name, "best"))
+    reference = "absolute rates" if _has_absolute_rates(rows[name]) else "best"
+    seeds = {row["seed"] for row in rows.get(reference, []) if name != reference} & {row["seed"] for row in rows[name]}
+    mine, best = ([row for row in rows[key] if row["seed"] in seeds] if seeds else [] for key in (name, reference))
     return mine, best
+
+
+def _has_absolute_rates(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether a recipe was trained before `DistillationConfig.scale_parameter`."""
+    return any(row.get("absolute_rates", False) for row in rows)
+
+
+def _name(recipe: str, rows: Sequence[dict[str, Any]]) -> str:
+    return f"{recipe} *" if _has_absolute_rates(rows) else recipe
 
 
 def _by_domain(rows: Sequence[dict[str, Any]], column: str, unknown: bool) -> list[float]:

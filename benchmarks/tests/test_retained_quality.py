@@ -165,6 +165,10 @@ def test_the_table_separates_known_and_unknown_text() -> None:
     rows["block | 8 | 1024 | 1"]["final"]["original"] = "p"  # questions in another precision
     originals["p"] = original | {"copa": "0" * 5 + "1" * 90 + "0" * 5}
     assert "| -50.0% [" in next(line for line in table(content).splitlines() if line.startswith("| block |"))
+    rows["absolute rates | 8 | 1024 | 1"] = _row(1, half, 0.75) | {"absolute_rates": True}
+    rows["block | 8 | 1024 | 1"]["absolute_rates"] = True  # compared with the row of the same rates
+    other, other_development = (line for line in table(content).splitlines() if line.startswith("| block * |"))
+    assert "| 0.200 | 0.800 | +0.050 |" in other and "| +0.050 |" in other_development
     scores = {score.name: score for score in paired_scores(content, list(rows.values())[:2], "final")}
     assert scores["copying"].group == "generation" and scores["copa"].group == "classification"
 
