@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,9 +38,16 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_digest(model: nn.Module) -> str:
-    """Return a digest of a model's weights, modules and config, independent of the path it was loaded from."""
-    return texts_digest([weights_digest(model), structure_digest(model)])
+def model_digest(model: nn.Module, *, attributes: bool = True) -> str:
+    """Return a digest of a model's weights, modules and config, independent of the path it was loaded from.
+
+    With `attributes`, tensors, containers and functions count that a user's modules keep as public attributes. A module
+    may change them in a forward pass.
+    """
+    digests = [weights_digest(model), structure_digest(model)]
+    if attributes and (entries := [*_attribute_digests(model), *_repeated_modules(model)]):
+        digests.append(texts_digest(entries))
+    return texts_digest(digests)
 
 
 def structure_digest(model: nn.Module, but: Collection[str] = ()) -> str:
@@ -95,7 +105,7 @@ def batches_digest(items: Sequence[Any]) -> str:
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, Mapping):
-            for key in sorted(value):
+            for key in sorted(value, key=str):
                 add(f"{name}.{key}", value[key])
         elif isinstance(value, (list, tuple)):
             for number, inside in enumerate(value):
@@ -135,6 +145,49 @@ def _attributes(module: nn.Module) -> list[tuple[str, str]]:
     if package == "peft":
         plain |= {name: getattr(module, name) for name in _ADAPTERS if hasattr(module, name)}
     return sorted((name, repr(value)) for name, value in plain.items() if not callable(value))
+
+
+def _attribute_digests(model: nn.Module) -> Iterator[str]:
+    """Yield the attributes of a user's modules that `_attributes` leaves out, with digests of their values."""
+    for path, module in model.named_modules():
+        package = type(module).__module__.partition(".")[0]
+        if package in (*_CONFIGURED_PACKAGES, "accelerate", "peft", "streamline_hooks", "torch"):
+            continue
+        counted = {name for name, _ in _attributes(module)} | {*_INCIDENTAL, "forward"}  # which Accelerate replaces
+        for name, value in sorted(vars(module).items()):
+            if name in counted or name[0] == "_":
+                continue
+            if inspect.isroutine(value) or isinstance(value, partial):
+                yield f"{path}.{name} {texts_digest(function_texts(value))}"
+            elif isinstance(value, (torch.Tensor, np.ndarray, Mapping, list, tuple)):
+                yield f"{path}.{name} {batches_digest([value])}"
+
+
+def _repeated_modules(model: nn.Module) -> Iterator[str]:
+    """Yield the order of the modules in each list that has a module several times."""
+    for path, module in model.named_modules():
+        numbers = {id(entry): number for number, entry in enumerate(module)} if type(module) is nn.ModuleList else {}
+        if len(numbers) < len(module._modules) and numbers:
+            yield f"{path} {[numbers[id(entry)] for entry in module._modules.values()]}"
+
+
+def function_texts(function: Any) -> Iterator[str]:
+    """Yield the source of a user's function or callable object, and a digest of the data that it contains."""
+    if isinstance(function, partial):
+        yield batches_digest([function.args, function.keywords])
+        yield from function_texts(function.func)
+        return
+    defined = function if inspect.isroutine(function) else type(function)
+    if str(getattr(defined, "__module__", "")).startswith("streamline_hooks."):
+        return
+    with suppress(OSError, TypeError):  # it has no file
+        yield inspect.getsource(defined)
+    if code := getattr(defined, "__code__", None):  # several functions may be defined in one line
+        constants = [value for value in code.co_consts if isinstance(value, _PLAIN)]
+        yield f"{code.co_code.hex()} {constants} {code.co_names}"
+    enclosed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    defaults = [getattr(function, name, None) or [] for name in ("__defaults__", "__kwdefaults__")]
+    yield batches_digest([enclosed, *defaults, [] if inspect.isroutine(function) else vars(function)])
 
 
 def tensor_bytes(tensor: torch.Tensor) -> Any:

@@ -293,8 +293,10 @@ class TrainingLoop:
             raise
         loss = math.fsum(value for value, _ in rank_results)
         if math.isfinite(loss):
+            has_gradient = [flags for _, flags in rank_results]
+            self._require_gradients(has_gradient)
             self.is_consistent = False
-            sum_gradients(self.work, self.weights.masters, [has_gradient for _, has_gradient in rank_results])
+            sum_gradients(self.work, self.weights.masters, has_gradient)
             self.optimizer.step()
             self.step += 1
             self.tokens += token_count
@@ -386,6 +388,19 @@ class TrainingLoop:
         best = min(self.history, key=lambda row: row["validated"])
         return f"{loss}{measure} {self.history[-1]['distance']:.4f}, best {best['distance']:.4f}"
 
+    def _require_gradients(self, has_gradient: Sequence[Sequence[bool]]) -> None:
+        """Raise if no rank has a gradient of a trained module outside the blocks, such as the embedding."""
+        reached = {
+            name for flags in has_gradient for name, flag in zip(self.weights.masters, flags, strict=True) if flag
+        }
+        for path in self.student.outside:
+            if not any(name.startswith(f"{path}.") for name in reached):
+                raise StreamlineError(
+                    f"{path} gets no gradient: the student starts at block {self.student.start}, with the states of "
+                    "the original. Expected modules after it, such as the LM head. Remove it from outside, or train "
+                    "it in your own loop."
+                )
+
     def _backward(self, number: int, answers: int, tokens: int) -> float:
         total = 0.0
         for teacher_states, batch in self._split_rows(self.teacher_states[number], self.share.batches[number]):
@@ -435,9 +450,13 @@ class TrainingLoop:
         values = {
             "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "spent": self.spent, "history": self.history, "losses": self.losses, "rows": self.rows,
+            "dtypes": self._dtypes(),
             **self.optimizer.json_state(),
         }  # fmt: skip
         write_training_file(self.checkpoint, tensors, values)
+
+    def _dtypes(self) -> list[str]:
+        return sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.parameters.values()})
 
     def _load(self) -> None:
         path = cast(Path, self.checkpoint)
@@ -452,6 +471,11 @@ class TrainingLoop:
             raise StreamlineError(
                 f"{path} belongs to another training run, with other windows, data, settings or another model. "
                 "Expected the same as at its start. Pass the same arguments, or start again without --resume."
+            )
+        if values.get("dtypes", self._dtypes()) != self._dtypes():
+            raise StreamlineError(
+                f"{path} belongs to a run that trained parameters of other dtypes ({', '.join(values['dtypes'])}). "
+                "Expected the same as at its start. Convert the modules, or start again without --resume."
             )
         self.optimizer.load(tensors, values)
         self.best = {name: tensors[f"best.{name}"].to(p.device) for name, p in self._tensors().items()}

@@ -156,13 +156,19 @@ class TrainingOptimizer:
         steps: int,
         learning_rate_factor: Callable[[str], float],
     ) -> None:
+        self.weights, self.max_grad_norm = MasterWeights(parameters), config.max_grad_norm
+        self._config, self._steps = config, steps
+        self._begin({name: learning_rate_factor(name) for name in self.weights.masters})
+
+    def _begin(self, factors: dict[str, float]) -> None:
+        """Create optimizer and schedule for the factors of the learning rate by parameter."""
         from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup  # slow import
 
-        self.weights, self.max_grad_norm = MasterWeights(parameters), config.max_grad_norm
+        self.factors, config, steps = factors, self._config, self._steps
         groups: dict[tuple[float, float], list[Tensor]] = {}  # by rate and weight decay; vectors are not decayed
         for name, master in self.weights.masters.items():
             decay = config.weight_decay if master.ndim > 1 else 0.0
-            groups.setdefault((config.learning_rate * learning_rate_factor(name), decay), []).append(master)
+            groups.setdefault((config.learning_rate * factors[name], decay), []).append(master)
         param_groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
         # On a CPU the fused update needs one pass over the memory; on CUDA the default is as fast. It ignores strides.
         fused = all(
@@ -200,10 +206,13 @@ class TrainingOptimizer:
         return {
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "factors": self.factors,
         }
 
     def load(self, tensors: Mapping[str, Tensor], json_state: Mapping[str, Any]) -> None:
-        """Load the results of `tensors` and `json_state`."""
+        """Load the results of `tensors` and `json_state`, with the learning rates of the first steps."""
+        if json_state.get("factors", self.factors) != self.factors:  # computed from weights that are trained already
+            self._begin(dict(json_state["factors"]))
         self.weights.load({name: tensors[f"parameter.{name}"] for name in self.weights.masters})
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():

@@ -181,7 +181,7 @@ class Student:
             if name.startswith(f"{path}.{number}.")
         )
         factor = self.rate if path in copied else 1.0
-        if not scale_parameter or parameter.ndim < 2 or (path in copied and "lora_" in name):
+        if not scale_parameter or parameter.ndim < 2 or "lora_" in name:
             return factor
         if path in copied or COPIED_FROM in vars(module):
             return factor * relative_rms(parameter)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from streamline_hooks.core import StreamlineError, weights_in_memory
+from streamline_hooks.surgery import AFTER, BEFORE, spliced
 
 _REFERENCE_RMS = 0.2  # of the weights of SmolLM2-135M, for which the default learning rates were chosen
 _MIN_RMS = 1e-3  # of matrices that are 0; as in Adafactor
@@ -21,7 +22,7 @@ def relative_rms(weight: Tensor) -> float:
 
 
 def relative_rms_of_block(block: nn.Module) -> float:
-    """Return the median of `relative_rms` over the matrices of a block, which may be quantized or offloaded.
+    """Return the median of `relative_rms` over the own matrices of a block, which may be quantized or offloaded.
 
     Raises
     ------
@@ -29,7 +30,8 @@ def relative_rms_of_block(block: nn.Module) -> float:
         If the block has no matrix whose values can be read.
     """
     with weights_in_memory(block):
-        matrices = [matrix for layer in block.modules() for matrix in _matrices_of(layer)]
+        added = {id(part) for module in _added_modules(block) for part in module.modules()}
+        matrices = [matrix for layer in block.modules() if id(layer) not in added for matrix in _matrices_of(layer)]
         if not matrices:
             raise StreamlineError(
                 f"{type(block).__name__} has no matrix of floating-point, 8-bit or 4-bit numbers, to whose size the "
@@ -37,6 +39,16 @@ def relative_rms_of_block(block: nn.Module) -> float:
                 "scale_parameter=False, and choose learning_rate for the model."
             )
         return median(map(relative_rms, matrices))
+
+
+def _added_modules(block: nn.Module) -> list[nn.Module]:
+    """Return the adapters in a block, and the modules that earlier surgery inserted next to it."""
+    adapters = [
+        getattr(layer, name)
+        for layer in block.modules()
+        for name in getattr(layer, "adapter_layer_names", ())  # of PEFT
+    ]
+    return [*(a for a in adapters if isinstance(a, nn.Module)), *spliced(block, BEFORE), *spliced(block, AFTER)]
 
 
 def _matrices_of(layer: nn.Module) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import inspect
 import io
 import math
 import platform
@@ -28,6 +27,7 @@ from streamline_hooks.core import (
     UnsupportedSurgery,
     autocast_dtype,
     batches_digest,
+    function_texts,
     get_logger,
     model_digest,
     prepare_inputs,
@@ -416,24 +416,6 @@ def _device_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _source(score: Any) -> Iterator[str]:
-    """Yield the source of a user's function or callable object, and a digest of the data that it contains."""
-    if isinstance(score, partial):
-        yield batches_digest([score.args, score.keywords])
-        yield from _source(score.func)
-        return
-    defined = score if inspect.isroutine(score) else type(score)
-    if str(getattr(defined, "__module__", "")).startswith("streamline_hooks."):
-        return
-    try:
-        yield inspect.getsource(defined)
-    except (OSError, TypeError):  # it has no file
-        yield getattr(getattr(defined, "__code__", None), "co_code", b"").hex()
-    enclosed = [cell.cell_contents for cell in getattr(score, "__closure__", None) or ()]
-    defaults = [getattr(score, name, None) or [] for name in ("__defaults__", "__kwdefaults__")]
-    yield batches_digest([enclosed, *defaults, [] if inspect.isroutine(score) else vars(score)])
-
-
 def _criterion_digests(config: CompressionConfig) -> list[str]:
     """Return the source and digests of the data of the config's criteria, which are not part of their names."""
 
@@ -444,7 +426,7 @@ def _criterion_digests(config: CompressionConfig) -> list[str]:
         else:
             if criterion.made_of is not None:
                 yield criterion.made_of()
-            yield from _source(criterion.score)
+            yield from function_texts(criterion.score)
 
     return list(digests(config.search.resolved_criterion))
 

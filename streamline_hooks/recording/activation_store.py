@@ -689,7 +689,7 @@ def _select(values: Tensor, mask: Tensor) -> Tensor:
 def _weights_fingerprint(stack: BlockStack) -> str:
     """Return a digest of the model; of offloaded models, of the blocks and the structure."""
     if not any(parameter.is_meta for parameter in stack.model.parameters()):
-        return model_digest(stack.model)
+        return model_digest(stack.model, attributes=False)
     digests = [structure_digest(stack.model)]
     for block in stack.blocks:
         with weights_in_memory(block):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,51 @@ def test_a_module_without_weights_makes_another_model(by: float) -> None:
             run(model)
             assert model_digest(model) == found[-1]
     assert found[0] == found[2] != found[1]
+
+
+class Apply(nn.Module):
+    """Keeps a value that is neither a parameter nor a buffer."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.tensor(0.5), torch.tensor(2.0)),
+        ([0.5], [2.0]),
+        ({"by": (0.5, [1])}, {"by": (0.5, [2])}),
+        (np.zeros(2), np.ones(2)),
+        (lambda state: state * 0.5, lambda state: state * 2),
+        (eval("lambda state: state * 0.5"), eval("lambda state: state * 2")),
+        (partial(torch.mul, other=0.5), partial(torch.mul, other=2.0)),
+    ],
+)
+def test_attributes_of_a_module_count(one: Any, other: Any) -> None:
+    model = tiny_model("llama")
+    found = []
+    for value in (one, other, one):
+        with LayerSurgeon(model) as surgeon:
+            surgeon.replace(range(1, 3), Apply(value))
+            found.append(model_digest(model))
+            run(model)
+            assert model_digest(model) == found[-1]
+            assert model_digest(model, attributes=False) != found[-1]
+    assert found[0] == found[2] != found[1]
+
+
+def test_the_order_of_shared_blocks_counts() -> None:
+    models = [tiny_model("llama") for _ in range(3)]
+    for model, order in zip(models, ([0, 1, 0, 2], [0, 1, 1, 2], [0, 1, 0, 2]), strict=True):
+        blocks: Any = model.model.layers
+        model.model.layers = nn.ModuleList([blocks[k] for k in order])
+    first, second, again = map(model_digest, models)
+    assert first == again != second
 
 
 def test_the_class_of_a_module_counts() -> None:

@@ -21,7 +21,7 @@ from streamline_hooks.distillation.student import Student, merge_adapters
 from streamline_hooks.distillation.train import train
 from streamline_hooks.modeling import find_stack
 from streamline_hooks.repair import BlockConfig, fit_windows, insert_replacement
-from streamline_hooks.replacements import LinearReplacement
+from streamline_hooks.replacements import LinearReplacement, SwiGLUReplacement
 from streamline_hooks.testing import tiny_model
 from tests.distillation.test_train import BATCHES, VALIDATION
 
@@ -169,6 +169,20 @@ def test_new_modules_of_an_offloaded_model_learn_at_the_same_rate() -> None:
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert new_module_factor(model) == wanted
     assert next(model.model.layers[2].parameters()).is_meta
+
+
+def test_adapters_and_earlier_replacements_do_not_change_the_rate_of_new_modules() -> None:
+    peft = pytest.importorskip("peft")
+    model: Any = tiny_model("llama", hidden_size=64)
+    wanted = new_module_factor(model)
+    with LayerSurgeon(model) as surgeon:
+        surgeon.replace(range(5, 7), SwiGLUReplacement(64))
+        surgeon.commit()
+    assert Student(model, [(range(5, 6), LinearReplacement(64))]).learning_rate_factor(
+        "5-5.0.projection.weight", scale_parameter=True
+    ) == pytest.approx(median(rms(p) for p in model.model.layers[5].self_attn.parameters()) / 0.2, rel=0.05)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert new_module_factor(adapted) == wanted
 
 
 def test_rates_of_new_modules_need_weights_whose_size_is_known() -> None:

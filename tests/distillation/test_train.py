@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -691,6 +692,46 @@ def test_gradients_are_clipped_to_the_norm_that_is_given(monkeypatch: pytest.Mon
         made = steps_of(monkeypatch, replace(QUICK, max_grad_norm=clip), student_of(tiny_model("llama"))[0])
         norms[clip] = [norm for _, norm in made]
     assert max(norms[1e-3]) <= 1.001e-3 < min(norms[0.0])
+
+
+def test_a_run_is_resumed_with_the_rates_of_its_first_steps(tmp_path: Path) -> None:
+    """Of blocks that were equal, and so had equal rates, before the training."""
+    model: Any = tiny_model("llama")
+    for k in (5, 6, 7):
+        model.model.layers[k].load_state_dict(model.model.layers[4].state_dict())
+    settings = DistillationConfig(epochs=2, learning_rate=5e-3, validations=4)
+
+    def healed() -> Student:
+        torch.manual_seed(0)
+        healing = parse_healing("partial:where=after,learning_rate_ratio=0.2")
+        return distillation.student_of(find_stack(model), [(range(2, 4), LinearReplacement(32))], healing)
+
+    whole, resumed, file = healed(), healed(), tmp_path / "training"
+    train(whole, BATCHES, VALIDATION, settings)
+    train(resumed, BATCHES, VALIDATION, settings, checkpoint_file=file, callbacks=[RaiseAt(9, KeyboardInterrupt)])
+    assert train(resumed, BATCHES, VALIDATION, settings, checkpoint_file=file, resume=True).stopped == ""
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_a_run_is_not_resumed_with_another_dtype(tmp_path: Path) -> None:
+    file, callbacks = tmp_path / "training", [RaiseAt(9, KeyboardInterrupt)]
+    train(student_of(tiny_model("llama"))[0], BATCHES, VALIDATION, QUICK, checkpoint_file=file, callbacks=callbacks)
+    student, module = student_of(tiny_model("llama"))
+    module.to(torch.bfloat16)
+    with pytest.raises(StreamlineError, match=r"other dtypes \(float32\)"):
+        train(student, BATCHES, VALIDATION, QUICK, checkpoint_file=file, resume=True)
+
+
+def test_modules_that_the_student_does_not_run_are_not_trained() -> None:
+    model: Any = tiny_model("llama")
+    for path in ("model.norm", "model.embed_tokens"):
+        outside = {path: copy.deepcopy(model.get_submodule(path))}
+        student = Student(model, [(range(2, 4), LinearReplacement(32))], outside=outside)
+        if path == "model.norm":
+            train(student, BATCHES, VALIDATION, QUICK)
+            continue
+        with pytest.raises(StreamlineError, match=r"model.embed_tokens gets no gradient.* starts at block 2"):
+            train(student, BATCHES, VALIDATION, QUICK)
 
 
 def test_a_gradient_from_before_is_not_trained_on() -> None:
