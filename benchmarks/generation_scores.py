@@ -31,7 +31,7 @@ from benchmarks.last_words import score_last_words
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import digest, fingerprint, write
 from benchmarks.real_text import RESULTS, arguments
-from benchmarks.short_answers import answer_tokens, fast_products, guessed, problems_of, products, same_answer, sets_of
+from benchmarks.short_answers import answer_tokens, fast_products, guessed, problems_of, products, sets_of
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.evaluation import (
     ANSWER_STOP,
@@ -42,6 +42,7 @@ from streamline_hooks.evaluation import (
     generate_texts,
     solve_problems,
 )
+from streamline_hooks.evaluation.synthetic_tasks import guessing_accuracy
 
 FILE = RESULTS / "generation_original.json"
 SEED = 2_026  # of the scored problems; difficulty and recipes were chosen with other seeds
@@ -167,7 +168,7 @@ class Generation:
         """Return the accuracy of guessing by the frequency of answers, per kind and for each k."""
         subsets = {sort: problems[: self.counts.sampled] for sort, problems in self.problems.items()}
         return {
-            "probes": {sort: same_answer(problems) for sort, problems in self.problems.items()},
+            "probes": {sort: guessing_accuracy(problems) for sort, problems in self.problems.items()},
             "pass": {
                 str(k): {sort: guessed(subset, self.problems[sort], k) for sort, subset in subsets.items()}
                 for k in self.counts.ks

@@ -19,9 +19,10 @@ from typing import Any
 from benchmarks.probe_levels import LEVELS
 from benchmarks.quality_scores import fingerprint, write
 from benchmarks.real_text import RESULTS
-from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, problems_of, same_answer, sets_of
+from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, problems_of, sets_of
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.evaluation import ANSWER_STOP, TextGenerationConfig, solve_problems
+from streamline_hooks.evaluation.synthetic_tasks import guessing_accuracy
 
 FILE = RESULTS / "probe_difficulty.json"
 SEED = 7_001  # seed of the problems for the choice
@@ -51,7 +52,7 @@ def main() -> None:
             table[sort][str(level)] = {
                 "solved": round(solved.accuracy, 4),
                 "standard_error": round(solved.standard_error, 4),
-                "same_answer": same_answer(problems),
+                "same_answer": guessing_accuracy(problems),
                 "seconds": round(time.perf_counter() - started, 1),
             }
             print(sort, level, json.dumps(table[sort][str(level)]), flush=True)

@@ -22,6 +22,7 @@ training runs are resumed.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import statistics
 import tempfile
@@ -57,7 +58,7 @@ from streamline_hooks import (
     verify_shortlist,
 )
 from streamline_hooks.checkpoint import load_pretrained
-from streamline_hooks.core import HardwareConfig, split_into_batches
+from streamline_hooks.core import HardwareConfig, split_into_batches, texts_digest, weights_digest
 from streamline_hooks.data import TokenSplit, with_repeated_passages
 from streamline_hooks.distillation import Student, TeacherCache, cache_teacher_states, student_of
 from streamline_hooks.evaluation import (
@@ -241,6 +242,7 @@ class Bench:
         self.stack = find_stack(self.model)
         self.content: dict[str, Any] = {"blocks": {}, "originals": {}, "rows": {}}
         self.content |= {"machine": machine(), "model": name, "length": len(self.stack)}
+        self.content["source"] = texts_digest([weights_digest(self.original), *map(_digest, _files(self.data))])
         self.tasks: dict[str, ScoredTasks] = {}
         self.shared = SharedStates()
 
@@ -248,6 +250,11 @@ class Bench:
         """Add what other processes have stored in the file since."""
         if self.file.exists():
             stored = json.loads(self.file.read_text())
+            if stored.get("source", self.content["source"]) != self.content["source"]:
+                raise SystemExit(
+                    f"{self.file} has rows of another model or of other texts. Expected those of {self.source} and "
+                    f"{self.data}. Rename the model or the file."
+                )
             for part in ("blocks", "originals", "rows"):
                 self.content[part] |= stored[part]
 
@@ -449,6 +456,15 @@ class Bench:
         return self.work_folder() / f"{run.key.replace(' ', '')}.training"
 
 
+def _files(data: Path) -> list[Path]:
+    """Return the files of training text, held-out text and questions."""
+    return [path for part in ("text", "bench") for path in sorted((data / part).rglob("*")) if path.is_file()]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def quantized(model: Any) -> Any:
     """Return a copy of a model with weights of 4 bits."""
     with tempfile.TemporaryDirectory() as folder:
@@ -574,12 +590,12 @@ def table(content: Mapping[str, Any]) -> str:
         "kind. Columns of perplexity are ratios to that of the original. Intervals are 95 % bootstrap intervals over "
         "questions, passages and sets of problems with the same examples; they do not include the variance over seeds, "
         "each of which also leaves out another domain. Columns with *against best* are differences over the seeds that "
-        "both rows have. Rows with * were trained with the same rate for all matrices (`scale_parameter=False`) and "
-        "are compared with *absolute rates* instead. *Kept weights* are those of the blocks with replacements, as a "
-        "fraction of the original's blocks. Known text includes WikiText, which is tokenized in the training text and "
-        "raw in the held-out text. Minutes are CPU time of one thread for fit and training, without the choice of "
-        "the blocks. Matrix products of the answers are in bfloat16 where the CPU supports it; questions of earlier "
-        "rows, by both models, in float32.",
+        "both rows have. Rows with * were trained with the same rate for all matrices (`scale_parameter=False`), which "
+        "makes no difference to SmolLM2 (*absolute rates* and *best* with 50,176 tokens). *Kept weights* are those of "
+        "the blocks with replacements, as a fraction of the original's blocks. Known text includes WikiText, which is "
+        "tokenized in the training text and raw in the held-out text. Minutes are CPU time of one thread for fit and "
+        "training, without the choice of the blocks. Matrix products of the answers are in bfloat16 where the CPU "
+        "supports it; questions of earlier rows, by both models, in float32.",
     ]
     for (removed, tokens), rows in sorted(groups.items(), reverse=True):
         what = f"{removed} of {content['length']} blocks" if removed else "Branches instead of blocks"
@@ -659,19 +675,14 @@ def _with_same_seeds(
     name: str, rows: Mapping[str, list[dict[str, Any]]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rows of a recipe and those of `best` with the same seeds; none if it is `best` or shares no seed."""
-    reference = "absolute rates" if _has_absolute_rates(rows[name]) else "best"
-    seeds = {row["seed"] for row in rows.get(reference, []) if name != reference} & {row["seed"] for row in rows[name]}
-    mine, best = ([row for row in rows[key] if row["seed"] in seeds] if seeds else [] for key in (name, reference))
+    seeds = {row["seed"] for row in rows.get("best", []) if name != "best"} & {row["seed"] for row in rows[name]}
+    mine, best = ([row for row in rows[key] if row["seed"] in seeds] if seeds else [] for key in (name, "best"))
     return mine, best
 
 
-def _has_absolute_rates(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether a recipe was trained before `DistillationConfig.scale_parameter`."""
-    return any(row.get("absolute_rates", False) for row in rows)
-
-
 def _name(recipe: str, rows: Sequence[dict[str, Any]]) -> str:
-    return f"{recipe} *" if _has_absolute_rates(rows) else recipe
+    """Mark a recipe that was trained before `DistillationConfig.scale_parameter`."""
+    return f"{recipe} *" if any(row.get("absolute_rates", False) for row in rows) else recipe
 
 
 def _by_domain(rows: Sequence[dict[str, Any]], column: str, unknown: bool) -> list[float]:

@@ -16,7 +16,7 @@ from benchmarks.heldout_pieces import last_words
 from benchmarks.multiple_choice import TASKS, task_of
 from benchmarks.probe_difficulty import chosen
 from benchmarks.quality_scores import CHOICES_AT_ONCE
-from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, guessed, problems_of, same_answer
+from benchmarks.short_answers import SHOTS, answer_tokens, fast_products, guessed, problems_of
 from streamline_hooks.evaluation import (
     ANSWER_STOP,
     TaskSettings,
@@ -25,6 +25,7 @@ from streamline_hooks.evaluation import (
     load_tasks,
     solve_problems,
 )
+from streamline_hooks.evaluation.synthetic_tasks import guessing_accuracy
 
 SEEDS = {"development": 901, "0": 902, "1": 903, "2": 904}  # of problems and passages
 LAST_WORD = "last word"
@@ -66,7 +67,7 @@ class ScoredTasks:
     ) -> None:
         self.tokenizer = tokenizer
         self.problems = problems_of(items, SEEDS[draw], chosen(), shots)
-        self.chance = {kind: same_answer(problems) for kind, problems in self.problems.items()}
+        self.chance = {kind: guessing_accuracy(problems) for kind, problems in self.problems.items()}
         self.ends: list[Any] = []
         self.questions: dict[str, Any] = {}
         if draw != "development" and shots == SHOTS:

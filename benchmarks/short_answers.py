@@ -39,11 +39,6 @@ def sets_of(count: int) -> int:
     return -(-count // BEHIND)
 
 
-def same_answer(problems: Sequence[Problem]) -> float:
-    """Return the accuracy of the most frequent answer."""
-    return Counter(problem.answer for problem in problems).most_common(1)[0][1] / len(problems)
-
-
 def guessed(subset: Sequence[Problem], problems: Sequence[Problem], tries: int) -> float:
     """Return the accuracy of guessing in several tries by the frequency of the answers of the other problems."""
     common = Counter(problem.answer for problem in problems)

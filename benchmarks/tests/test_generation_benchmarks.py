@@ -23,11 +23,12 @@ from benchmarks.instructions import INSTRUCTIONS
 from benchmarks.last_words import LastWord, score_last_words
 from benchmarks.probe_difficulty import HIGH, LOW, SEED, choose, chosen
 from benchmarks.probe_levels import LEVELS
-from benchmarks.short_answers import BEHIND, answer_tokens, fast_products, guessed, problems_of, same_answer, sets_of
+from benchmarks.short_answers import BEHIND, answer_tokens, fast_products, guessed, problems_of, sets_of
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from streamline_hooks import LayerSurgeon, StreamlineError
 from streamline_hooks.data import FORMS, TOPICS
 from streamline_hooks.evaluation import Problem, ProblemResults
+from streamline_hooks.evaluation.synthetic_tasks import guessing_accuracy
 from tests.evaluation.number_tasks import Numbers
 from tests.tiny_models import tiny_model
 
@@ -256,7 +257,7 @@ def test_the_level_nearest_the_middle_is_chosen() -> None:
 def test_what_guessing_reaches() -> None:
     """Of four answers one is right twice: whoever draws the others' answers hits it with a third of the tries."""
     problems = [Problem("", "1"), Problem("", "2"), Problem("", "1"), Problem("", "3")]
-    assert same_answer(problems) == 0.5
+    assert guessing_accuracy(problems) == pytest.approx(1 / 3)
     assert guessed(problems[:1], problems, 1) == pytest.approx(1 / 3)
     assert guessed(problems[1:2], problems, 9) == 0.0  # no other has this answer
     random = np.random.default_rng(0)

@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -85,9 +86,9 @@ class TaskResult:
     scores : tuple of float
         Scores by item. The scores of a group are concatenated by task.
     chance : float
-        Accuracy without knowledge: the mean of 1 / choices. If all items have the same choices, such as yes and no: the
-        frequency of the most frequent answer, counted without one item that has it, because the frequency is too high
-        for few items; at least 1 / choices.
+        Accuracy without knowledge: the mean of 1 / choices. If all items of a task have the same choices, such as yes
+        and no: the frequency of the most frequent answer, counted without one item that has it, because the frequency
+        is too high for few items; at least 1 / choices. Tasks of a group with the same choices are counted together.
     generates : bool
         Whether the task scores generated or predicted text instead of multiple choice.
     loglikelihoods, tokens : tuple of tuple
@@ -250,7 +251,7 @@ class LoadedTask:
             {name: int(count) for name, count in results["n-shot"].items()},
             {name: str(number) for name, number in results["versions"].items() if number is not None},
             *self._scores(items),
-            _chance(items) if chooses else 0.0,
+            _chance(by_task) if chooses else 0.0,
             not chooses,
             tuple(tuple(nats) for nats, _ in choices),
             tuple(tuple(token_counts[pair] for pair in pairs) for _, pairs in choices),
@@ -461,14 +462,20 @@ def _choices(sample: Mapping[str, Any]) -> tuple[list[float], list[tuple[str, st
     return [response[0] for response in sample["filtered_resps"]][:count], pairs[:count]
 
 
-def _chance(samples: Sequence[Mapping[str, Any]]) -> float:
-    """Return the accuracy of multiple choice without knowledge (see `TaskResult`)."""
-    texts = [tuple(continuation for _, continuation in _choices(sample)[1]) for sample in samples]
-    uniform = math.fsum(1 / len(choices) for choices in texts) / len(samples)
-    if len(samples) > 1 and len(set(texts)) == 1 and len(set(texts[0])) > 1:
-        most = max(Counter(repr(sample["target"]) for sample in samples).values())
-        return max(uniform, (most - 1) / (len(samples) - 1))  # most / len(samples) is too high for few items
-    return uniform
+def _chance(by_task: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """Return the accuracy of multiple choice without knowledge (see `TaskResult`), as a mean over the items."""
+    alike: dict[tuple[str, ...], list[str]] = {}  # answers of the tasks whose items have these choices
+    expected = []
+    for samples in by_task.values():
+        texts = [tuple(continuation for _, continuation in _choices(sample)[1]) for sample in samples]
+        if len(set(texts)) == 1 and len(set(texts[0])) > 1:
+            alike.setdefault(texts[0], []).extend(repr(sample["target"]) for sample in samples)
+        else:
+            expected += [1 / len(choices) for choices in texts]
+    for choices, answers in alike.items():
+        most = max(Counter(answers).values()) - 1  # most / len(answers) is too high for few items
+        expected += [max(1 / len(choices), most / max(len(answers) - 1, 1))] * len(answers)
+    return statistics.fmean(expected)
 
 
 def _require_valid(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> None:

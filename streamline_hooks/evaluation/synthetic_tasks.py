@@ -19,7 +19,8 @@ from streamline_hooks.evaluation.task_files import read_rows
 Match = Literal["line", "number"]
 
 _LAYOUT = '{"context" or "question", "answer"}, with or without a "chain_of_thought"'
-_NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(r"(?<![\w.])[-\u2212\u2013]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+_EXPONENT = re.compile(r"\d[eE][-+]?\d")  # of which `_NUMBER` reads the first digits
 _ANSWER_MARK = "####"  # precedes the result in the answers of GSM8K
 
 _WORDS = (
@@ -251,7 +252,7 @@ def last_number(text: str) -> float | None:
     1250.5
     """
     numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace("\u2212", "-").replace(",", "").replace("$", "")) if numbers else None
+    return float(re.sub("[\u2212\u2013]", "-", numbers[-1]).replace(",", "").replace("$", "")) if numbers else None
 
 
 def _problem(row: dict[str, Any], where: str, match: Match) -> tuple[Problem, str]:
@@ -262,10 +263,10 @@ def _problem(row: dict[str, Any], where: str, match: Match) -> tuple[Problem, st
         raise StreamlineError(f"{where} has the keys {', '.join(row) or 'none'}. Expected {_LAYOUT}. Correct the file.")
     before, _, result = str(answer).rpartition(_ANSWER_MARK)
     work, result = (work or before).strip(), result.strip()
-    if match == "number" and last_number(result) is None:
+    if match == "number" and (len(_NUMBER.findall(result)) != 1 or _EXPONENT.search(result)):
         raise StreamlineError(
-            f"{where} has the answer {result!r}, which contains no number. Expected a number with match='number'. Set "
-            "match='line'."
+            f"{where} has the answer {result!r}, which is not one number, but only the last one is compared with "
+            "match='number'. Expected a number such as 1,250.5. Write it so, or set match='line'."
         )
     solution = f"{work} The answer is {result}." if work else f"{result}"
     return Problem(f"Question: {question}\nAnswer:", result, match, where), solution

@@ -71,6 +71,8 @@ def test_lines(answer: str, text: str, right: bool) -> None:
 @given(st.integers(-(10**9), 10**9))
 def test_a_number_is_read_as_it_was_written(number: int) -> None:
     assert last_number(f"first 7, then {number:,}.") == number
+    assert last_number(f"The answer is {number}".replace("-", "\u2013")) == number
+    assert last_number(f"Between 3\u2013{abs(number)}") == abs(number)
     assert last_number(f"${number}" if number >= 0 else f"-${-number}") == number
 
 
@@ -133,7 +135,10 @@ def test_reading_and_shots(tmp_path: Path) -> None:
     ("row", "says"),
     [
         ({"question": "?"}, r'row 0.*keys question.*Expected {"context" or "question", "answer"}'),
-        ({"question": "?", "answer": "many"}, r"row 0.*'many'.*no number"),
+        *(
+            ({"question": "?", "answer": answer}, rf"row 0.*'{answer}', which is not one number")
+            for answer in ("many", "1/2", "3:30", "1e5", "3 or 4")
+        ),
     ],
 )
 def test_what_is_no_problem(tmp_path: Path, row: dict[str, Any], says: str) -> None:

@@ -141,6 +141,20 @@ def test_a_group_is_one_task(stories: tuple[Any, Any], tasks: Path) -> None:
     assert set(run_tasks(*stories, [str(tasks / "more.yaml")])) == {"more"}
 
 
+def test_chance_of_a_group_counts_the_same_choices_together(stories: tuple[Any, Any], tasks: Path) -> None:
+    def write(name: str, choices: list[str], answers: list[int]) -> None:
+        rows = [{"query": f"Is it {k}?", "choices": choices, "gold": gold} for k, gold in enumerate(answers)]
+        write_questions(tasks, name, rows)
+
+    write("yes", ["no", "yes"], [1] * 18 + [0] * 2)
+    write("true", ["false", "true"], [0] * 9)
+    write("more_true", ["false", "true"], [1] * 9 + [0])
+    group = {"group": "all", "task": ["yes", "true", "more_true"]}
+    (tasks / "all.yaml").write_text(json.dumps({**group, "aggregate_metric_list": [{"metric": "acc"}]}))
+    expected = (20 * 17 / 19 + 19 * 0.5) / 39
+    assert run_tasks(*stories, [str(tasks)])["all"].chance == pytest.approx(expected)
+
+
 def test_items_few_shot_and_bos(stories: tuple[Any, Any], tasks: Path) -> None:
     write_questions(tasks, "none_ever", ROWS, num_fewshot=0)
     files = [str(tasks / f"{name}.yaml") for name in ("likeliest", "none_ever")]
