@@ -1,7 +1,9 @@
-"""The files of an `ActivationStore`: its index, and the safetensors shards with their headers."""
+"""Read the files of an `ActivationStore`: its index, and the safetensors shards with their headers."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,24 +14,53 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from streamline_hooks.core import (
-    StreamlineError,
-    read_file,
-    read_json,
-    texts_digest,
-)
+from streamline_hooks.core import StreamlineError, read_file, read_json, texts_digest
 from streamline_hooks.recording.token_columns import TOKEN_COLUMNS
 
 INDEX = "index.json"
-
-
 FORMAT = 1
-
-
 _CONTENT = "a shard of an ActivationStore"
-
-
 _UNFINISHED_INDEX = re.compile(rf"\.{re.escape(INDEX)}\..*\.writing")  # left by a process that was killed
+
+
+class ShardFolder:
+    """Keep the index of a folder, and check and read the shards that it lists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index = read_index(path)
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """File name, tokens, batches and bytes of each shard."""
+        shards: list[dict[str, Any]] = self.index.get("shards", [])
+        return shards
+
+    def undamaged_shards(self) -> list[tuple[Path, int]]:
+        """Return the path and number of each shard; raise if a shard is missing or has another size."""
+        for shard in self.shards:
+            if file_size(self.path / shard["file"]) != shard["bytes"]:
+                raise damaged_shard_error(self.path / shard["file"])
+        return [(self.path / shard["file"], number) for number, shard in enumerate(self.shards)]
+
+    def read_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Return the columns of a half-open range of tokens."""
+        shards = self.undamaged_shards()
+        ends = list(itertools.accumulate(shard["tokens"] for shard in self.shards))
+        parts: dict[str, list[Tensor]] = {}
+        for k in range(bisect.bisect_right(ends, start), len(shards)):
+            first = ends[k] - self.shards[k]["tokens"]
+            if first >= stop and parts:
+                break
+            path, number = shards[k]
+            with safe_open(path, framework="pt") as file:
+                require_header(header_of(file), path, number, self.index["fingerprint"])
+                for name in (*TOKEN_COLUMNS, *self.index.get("columns", ())):
+                    part = file.get_slice(name)[max(start - first, 0) : max(stop - first, 0)]
+                    parts.setdefault(name, []).append(part)
+        if not parts:  # an empty slice at the end
+            return {name: value[:0] for name, value in read_shard(*shards[-1], self.index["fingerprint"]).items()}
+        return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def file_size(path: Path) -> int:
@@ -115,3 +146,8 @@ def rows_of_shards(
             order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
         for row in order:
             yield {name: tensors[name][row] for name in columns}
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """Return the name of a dtype as in the index, or an empty string for None."""
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
