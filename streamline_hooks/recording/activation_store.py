@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -332,14 +333,15 @@ class ActivationStore:
         for path, number in self._shard_folder.undamaged_shards():
             yield read_shard(path, number, self._shard_folder.index["fingerprint"])
 
-    def __getitem__(self, rows: int | slice) -> dict[str, Tensor]:
+    def __getitem__(self, rows: SupportsIndex | slice) -> dict[str, Tensor]:
         """Return the columns of one token (without the first axis) or of a slice of tokens."""
         self._require_readable()
         length = len(self)
-        if isinstance(rows, int):
-            if not -length <= rows < length:
-                raise IndexError(f"Token {rows} is out of range. Expected {-length} to {length - 1}.")
-            row = rows % length
+        if not isinstance(rows, slice):
+            row = operator.index(rows)
+            if not -length <= row < length:
+                raise IndexError(f"Token {row} is out of range. Expected {-length} to {length - 1}.")
+            row %= length
             return {name: value[0] for name, value in self[row : row + 1].items()}
         start, stop, step = rows.indices(length)
         if step != 1:

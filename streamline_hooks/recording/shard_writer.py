@@ -48,7 +48,7 @@ class ShardWriter:
                 f"{self._folder.path} would be written by {current_processes().count} ranks. Expected one process per "
                 "folder. Give each rank its own folder and batches, inside streamline_hooks.core.single_process()."
             )
-        self._folder.index = read_index(self._folder.path)
+        self._folder.index, self._replaceable = read_index(self._folder.path), ""
         if not self._folder.index:
             self._folder.index = {
                 "format": FORMAT,

@@ -69,7 +69,8 @@ def appended_rows(
         document_ids = document_ids[:, None].expand(shape)
     integers = {"tokens": tokens, "positions": positions, "document_ids": document_ids}
     for name, value in integers.items():
-        if value.shape != shape or len(shape) not in (1, 2) or value.is_floating_point() or value.is_complex():
+        is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if value.shape != shape or len(shape) not in (1, 2) or not is_integer:
             raise StreamlineError(
                 f"append: {name} is a {value.dtype} tensor of shape {tuple(value.shape)}. Expected integers of "
                 f"shape (batch, tokens) or (tokens,), the same for all, here {tuple(shape)}. Pass such a tensor."

@@ -149,6 +149,7 @@ def test_rows_by_index_equal_the_rows_of_the_shards(store: ActivationStore) -> N
             assert equal(store[start:stop], rows), (start, stop)
     for row in (0, 5, ends[1] - 1, ends[1], -1, -TOTAL):
         assert equal(store[row], {name: value[row] for name, value in everything.items()})
+        assert equal(store[torch.tensor(row)], store[row])
     with pytest.raises(IndexError):
         store[TOTAL]
 
@@ -387,15 +388,34 @@ def test_exchanged_shards_are_refused(store: ActivationStore, tmp_path: Path) ->
             read(ActivationStore(folder))
 
 
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    def rows(value: float) -> tuple[Any, ...]:
-        return (
-            {"x": torch.full((1, 3, 4), value)},
-            tokens(1, 3),
-            torch.arange(3)[None],
-            torch.zeros(1, dtype=torch.long),
-        )
+def rows(value: float) -> tuple[Any, ...]:
+    """Arguments of `append`."""
+    ids, numbers = torch.arange(3)[None], torch.zeros(1, dtype=torch.long)
+    return {"x": torch.full((1, 3, 4), value)}, tokens(1, 3), ids, numbers
 
+
+def test_boolean_tokens_are_refused(tmp_path: Path) -> None:
+    states, ids, positions, documents = rows(1.0)
+    with ActivationStore(tmp_path) as store, pytest.raises(StreamlineError, match="torch.bool.*Expected integers"):
+        store.append(states, ids > 0, positions, documents)
+
+
+def test_a_store_that_was_refused_continues_after_another(tmp_path: Path) -> None:
+    """The other has replaced the half-written shard."""
+    for value in (1.0, 2.0):
+        with ActivationStore(tmp_path, shard_bytes=1) as written:
+            written.append(*rows(value))
+    (tmp_path / "shard-00001.safetensors").write_bytes(b"half")
+    first = ActivationStore(tmp_path, shard_bytes=1)
+    with pytest.raises(StreamlineError, match="not finite|NaN|nan"), first:
+        first.append(*rows(float("nan")))
+    for store, value in ((ActivationStore(tmp_path, shard_bytes=1), 2.0), (first, 3.0)):
+        with store:
+            store.append(*rows(value))
+    assert content(ActivationStore(tmp_path))["x"][:, 0].tolist() == [1.0] * 3 + [2.0] * 3 + [3.0] * 3
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with ActivationStore(tmp_path, shard_bytes=1) as first, pytest.raises(StreamlineError, match="Another process"):
         with ActivationStore(tmp_path, shard_bytes=1) as second:
             for _ in range(2):
