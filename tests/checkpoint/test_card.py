@@ -185,7 +185,6 @@ def test_zeroed_folded_and_inserted() -> None:
     ("options", "said"),
     [
         ({"repair": "none"}, None),
-        ({"repair": "swiglu", "search": "attention"}, None),
         ({"repair": "linear", "search": "attention"}, "- Repaired by: `linear`, in closed form."),
         ({"repair": "linear"}, "- Repaired by: `linear`, in closed form."),
         ({"repair": "merged"}, "- Repaired by: `merged`, as it is."),
