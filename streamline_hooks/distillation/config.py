@@ -24,9 +24,9 @@ class DistillationConfig(Config):
         Peak learning rate; default 1e-3, for new modules that start from the closed form. Trained blocks need a lower
         rate, see `HealingConfig.learning_rate_ratio`.
     scale_parameter : bool
-        Multiply the learning rate of each matrix by the size of the model's weights; default True. AdamW changes all
-        entries by about the learning rate, and models differ in the root mean square of their weights: about 0.19 in
-        SmolLM2-135M, for which the default rates were chosen, and 0.015 in Qwen2.5-Coder-0.5B. The rate of a matrix
+        Multiply the learning rate of each matrix by the magnitude of the model's weights; default True. AdamW changes
+        all entries by about the learning rate, and models differ in the root mean square of their weights: about 0.19
+        in SmolLM2-135M, for which the default rates were chosen, and 0.015 in Qwen2.5-Coder-0.5B. The rate of a matrix
         in a healed or inherited block is multiplied by its root mean square divided by 0.2, as in Adafactor (arXiv
         1804.04235, section 8), and that of a matrix in a new module by the median over the matrices of the first
         changed block, divided by 0.2. The rates of norms, biases and adapters are not scaled.

@@ -185,10 +185,10 @@ class Student:
             return factor
         if path in copied or COPIED_FROM in vars(module):
             return factor * relative_rms(parameter)
-        return factor * self._size_of_first_block
+        return factor * self._rms_of_first_block
 
     @cached_property
-    def _size_of_first_block(self) -> float:
+    def _rms_of_first_block(self) -> float:
         return relative_rms_of_block(self.stack[self.start])
 
     @contextmanager
