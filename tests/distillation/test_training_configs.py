@@ -87,7 +87,7 @@ Row = tuple[Config, Any, str]
 
 EFFECTS: dict[type[Config], dict[str, Row]] = {
     DistillationConfig: {
-        "loss": (BASE, {"mse": 1.0}, "losses"),
+        "loss": (BASE, {"kl": 1.0, "mse": 1.0}, "losses"),
         "learning_rate": (BASE, 1e-3, "weights"),
         "scale_parameter": (BASE, False, "weights"),
         "weight_decay": (BASE, 0.5, "weights"),
