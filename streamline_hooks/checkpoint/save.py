@@ -166,6 +166,7 @@ def require_complete(model: Any, folder: Path) -> None:
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
                 use_safetensors=True,
+                use_kernels=False,  # kernels of the hub, the default of Transformers 5.25, refuse the meta device
                 output_loading_info=True,
             )
     except TypeError:  # a class whose constructor needs more than a config
