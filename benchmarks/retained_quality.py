@@ -5,13 +5,15 @@
 
 A recipe is a setting of the preset `best`, or the repair and training of another preset, by its name. It trains for one
 epoch on equal parts of all training domains but one, which the seed determines (`LEFT_OUT`), so that each row has
-scores on known and on unknown text. The blocks are chosen on the same text by a verified shortlist. For the choice
-between recipes, a row has the KL divergence from the original on validation documents and on documents of the left-out
-domain, both from the training text, and synthetic problems of the development draw. With ``--final`` it also has the KL
-divergence and perplexity on the held-out text of each domain, and problems, last words and multiple-choice questions of
-another draw, from which no choice may be made. Short problems occur in both draws (up to a quarter of the arithmetic),
-but never in the training text. The recipe `control` trains the blocks from the cut on in the original without removing
-any. A row without final scores is trained again for them, so pass ``--final`` at once to rows that need both.
+scores on known and on unknown text. The blocks are chosen on the same text by a verified shortlist, so that recipes are
+compared in the same window; recipes *in the cosine window* remove the window of highest cosine similarity, as
+LLM-Streamline does. For the choice between recipes, a row has the KL divergence from the original on validation
+documents and on documents of the left-out domain, both from the training text, and synthetic problems of the
+development draw. With ``--final`` it also has the KL divergence and perplexity on the held-out text of each domain, and
+problems, last words and multiple-choice questions of another draw, from which no choice may be made. Short problems
+occur in both draws (up to a quarter of the arithmetic), but never in the training text. The recipe `control` trains the
+blocks from the cut on in the original without removing any. A row without final scores is trained again for them, so
+pass ``--final`` at once to rows that need both.
 
 Minutes are CPU time on one thread, without the choice of the blocks. Each row is saved to
 ``benchmarks/results/retained_quality.json`` (of another model: ``retained_quality_NAME``) when it is finished, and the
@@ -31,7 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +106,7 @@ SETTINGS = replace(BEST.distillation or DistillationConfig(), validations=4)
 
 
 PUBLISHED = ("llm-streamline-ffn", "llm-streamline-layer", *BASELINES, "none")  # presets
+COSINE = "in the cosine window"
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class Recipe:
         all blocks from the first one on are healed.
     quantized : bool
         Whether teacher and student have weights of 4 bits (NF4). The adapters are added to the original weights.
+    window : {"verified", "cosine"}
+        Whether the window is the best of a verified shortlist or the one of highest cosine similarity.
     """
 
     repair: ReplacementConfig = BEST.repair
@@ -138,6 +143,7 @@ class Recipe:
     repeated: float = 0.0
     branches: Mapping[str, int] = field(default_factory=dict)
     quantized: bool = False
+    window: Literal["verified", "cosine"] = "verified"
 
     @classmethod
     def of_preset(cls, name: str) -> Recipe:
@@ -183,6 +189,9 @@ RECIPES: dict[str, Recipe] = {
     "sequences of 1024": Recipe(sequence=1024),
     "merged": Recipe(MergedConfig(weight=1 / 9), None, None),
     **{name: Recipe.of_preset(name) for name in PUBLISHED},
+}
+RECIPES |= {
+    f"{name} {COSINE}": replace(RECIPES[name], window="cosine") for name in ("closed form", "merged", *PUBLISHED)
 }
 
 
@@ -348,11 +357,14 @@ class Bench:
         yield model
 
     def window(self, run: Run, text: TrainingText) -> range:
-        """Return the window to remove, chosen once for each seed, number of blocks and text."""
-        size = run.removed + RECIPES[run.recipe].repair.slots
+        """Return the window to remove, chosen once for each seed, number of blocks, text and way to choose."""
+        recipe = RECIPES[run.recipe]
+        size = run.removed + recipe.repair.slots
         key = f"{size} blocks, {run.tokens} tokens, seed {run.seed}"
+        key += ", cosine" if recipe.window == "cosine" else ""
         if key not in self.content["blocks"]:
-            chosen = choose_window(self.model, text, size)
+            choose = cosine_window if recipe.window == "cosine" else choose_window
+            chosen = choose(self.model, text, size)
             self.store("blocks", key, [chosen.start, chosen.stop])
         return range(*self.content["blocks"][key])
 
@@ -559,6 +571,15 @@ def choose_window(model: nn.Module, text: TrainingText, size: int) -> range:
         return verify_shortlist(model, shortlist, *(split_into_batches(part, 4) for part in parts))[0].windows[0]
 
 
+def cosine_window(model: nn.Module, text: TrainingText, size: int) -> range:
+    """Return the window of highest cosine similarity between the hidden states before and after it (LLM-Streamline)."""
+    few = len(text.train) * CHOOSING // text.train.numel()
+    length, search = len(find_stack(model)), WindowSearch("cosine")
+    with fast_products(model):
+        measured = profile(model, split_into_batches(text.train[:few], 4))
+    return search.find(search.problem(windows_of_size(length, size), length, profile=measured))[0].windows[0]
+
+
 def agreement(model: nn.Module, original: nn.Module, batches: Sequence[Any]) -> tuple[Agreement, Perplexity]:
     """Return the agreement of two models on text, and the perplexity of the first."""
     compared, own = Agreement(), Perplexity()
@@ -590,10 +611,11 @@ def table(content: Mapping[str, Any]) -> str:
         "kind. Columns of perplexity are ratios to that of the original. Intervals are 95 % bootstrap intervals over "
         "questions, passages and sets of problems with the same examples; they do not include the variance over seeds, "
         "each of which also leaves out another domain. Columns with *against best* are differences over the seeds that "
-        "both rows have. Rows with * were trained with the same rate for all matrices (`scale_parameter=False`), which "
-        "makes no difference to `best` on SmolLM2 (*absolute rates* and *best* with 50,176 tokens). In these rows, the "
-        "unknown development text of seed 2 was drawn from a domain of which 12 % occurs in another one. *Kept "
-        "weights* are those of the blocks with replacements, as a fraction of the original's blocks. Known text "
+        "both rows have. Recipes *in the cosine window* remove the window of highest cosine similarity instead of the "
+        "best of a verified shortlist. Rows with * were trained with the same rate for all matrices "
+        "(`scale_parameter=False`), which makes no difference to `best` on SmolLM2 (*absolute rates* and *best* with "
+        "50,176 tokens). In these rows, the unknown development text of seed 2 was drawn from a domain of which "
+        "12 % occurs in another one. *Kept weights* are those of the blocks with replacements, as a fraction of the original's blocks. Known text "
         "includes WikiText, which is tokenized in the training text and raw in the held-out text. Minutes are CPU time "
         "of one thread for fit and training, without the choice of the blocks. Matrix products of the answers are in "
         "bfloat16 where the CPU supports it; questions of earlier rows, by both models, in float32.",

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import losses, retained_quality, scored_tasks
 from benchmarks.last_words import LastWord
 from benchmarks.muon import MuonWithAdamW, muon_instead_of_adamw, orthogonalized
-from benchmarks.retained_quality import LEFT_OUT, PUBLISHED, RECIPES, paired_scores, table
+from benchmarks.retained_quality import COSINE, LEFT_OUT, PUBLISHED, RECIPES, paired_scores, table
 from benchmarks.small_opt import Recipe, new_model, train_tokenizer
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks import CompressionConfig
@@ -209,6 +209,9 @@ def test_recipes_differ_from_best_in_one_setting() -> None:
             continue
         if name in (*PUBLISHED, "merged"):  # with the repair and training of another method
             continue
+        if recipe.window == "cosine":
+            assert replace(recipe, window="verified") == RECIPES[name.removesuffix(f" {COSINE}")]
+            continue
         changed = [field for field in vars(best) if getattr(recipe, field) != getattr(best, field)]
         assert len(changed) == 1 or name in ("best", "closed form", "KL alone without healing"), name
         assert "," not in name, "recipes are separated by commas"
@@ -223,6 +226,28 @@ def test_published_methods_are_fitted_and_trained(
     assert (row["training"] is not None) == is_trained
     assert len(range(*row["window"])) == 2 + RECIPES[name].repair.slots
     assert row["development"]["kl"]["seen"] > 0 and 0.5 < row["kept"] < 0.8
+
+
+def test_the_window_of_highest_cosine_similarity_is_removed(
+    texts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that changes the direction of no state is removed; recipes in the verified window keep theirs."""
+    load = retained_quality.load_pretrained
+
+    def with_idle_blocks(*args: Any) -> tuple[nn.Module, Any]:
+        model, tokenizer = load(*args)
+        for block in list(find_stack(model))[2:4]:
+            for parameter in block.parameters():
+                nn.init.zeros_(parameter)
+        return model, tokenizer
+
+    monkeypatch.setattr(retained_quality, "load_pretrained", with_idle_blocks)
+    rows = run(monkeypatch, "--recipes", f"none {COSINE},replaceme {COSINE},none,merged {COSINE}", "--seeds", "0")
+    windows = {row["recipe"]: row["window"] for row in rows.values()}
+    assert windows["none"] == [1, 3]
+    assert windows[f"none {COSINE}"] == windows[f"replaceme {COSINE}"] == [2, 4]
+    assert len(range(*windows[f"merged {COSINE}"])) == 3
+    assert rows[f"none {COSINE} | 2 | 640 | 0"]["development"]["kl"]["seen"] < 1e-4
 
 
 def test_a_recipe_with_other_sequences_is_scored_on_the_same_ones(
