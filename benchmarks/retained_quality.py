@@ -611,14 +611,15 @@ def table(content: Mapping[str, Any]) -> str:
         "kind. Columns of perplexity are ratios to that of the original. Intervals are 95 % bootstrap intervals over "
         "questions, passages and sets of problems with the same examples; they do not include the variance over seeds, "
         "each of which also leaves out another domain. Columns with *against best* are differences over the seeds that "
-        "both rows have. Recipes *in the cosine window* remove the window of highest cosine similarity instead of the "
-        "best of a verified shortlist. Rows with * were trained with the same rate for all matrices "
+        "both rows have. Recipes *in the cosine window* remove the window of highest cosine similarity instead of "
+        "the best of a verified shortlist. Rows with * were trained with the same rate for all matrices "
         "(`scale_parameter=False`), which makes no difference to `best` on SmolLM2 (*absolute rates* and *best* with "
-        "50,176 tokens). In these rows, the unknown development text of seed 2 was drawn from a domain of which "
-        "12 % occurs in another one. *Kept weights* are those of the blocks with replacements, as a fraction of the original's blocks. Known text "
-        "includes WikiText, which is tokenized in the training text and raw in the held-out text. Minutes are CPU time "
-        "of one thread for fit and training, without the choice of the blocks. Matrix products of the answers are in "
-        "bfloat16 where the CPU supports it; questions of earlier rows, by both models, in float32.",
+        "50,176 tokens). In these rows, the unknown development text of seed 2 was drawn from a domain of which 12 % "
+        "occurs in another one. *Kept weights* are those of the blocks with replacements, as a fraction of the "
+        "original's blocks. Known text includes WikiText, which is tokenized in the training text and raw in the "
+        "held-out text. Minutes are CPU time of one thread for fit and training, without the choice of the blocks. "
+        "Matrix products of the answers are in bfloat16 where the CPU supports it; questions of earlier rows, by "
+        "both models, in float32.",
     ]
     for (removed, tokens), rows in sorted(groups.items(), reverse=True):
         what = f"{removed} of {content['length']} blocks" if removed else "Branches instead of blocks"
