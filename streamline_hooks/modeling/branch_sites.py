@@ -355,7 +355,8 @@ class SiteSearch:
             sizes: tuple[int, ...] = getattr(node, "_saved_self_sym_sizes", ())
             if len(sizes) >= 3 and sizes[-2] * sizes[-1] == width != sizes[-1]:
                 return int(sizes[-2]), int(sizes[-1])
-            if node.name().startswith(_PASSED):
+            alone = node.name().startswith("Cat") and len(node.next_functions) == 1
+            if alone or node.name().startswith(_PASSED):
                 pending += [following for following, _ in node.next_functions]
         return None
 

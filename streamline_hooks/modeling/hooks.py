@@ -71,6 +71,14 @@ class OutermostCall:
         self._thread = 0  # of the running call, or the only one that may call the model
         self._is_reserved = False
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a call has begun and has not ended. False when gradient checkpointing runs a block in the backward.
+
+        Unlike `in_backward`, it is also correct in hooks that are compiled.
+        """
+        return self._running is not None
+
     def hooks(self, modules: Iterable[nn.Module]) -> list[RemovableHandle]:
         """Register hooks that call `end` after each call of the modules, and return their handles."""
         self._running, self._is_reserved = None, False

@@ -129,10 +129,11 @@ def find_mismatch(reference: ReferenceRun, model: nn.Module, than: str = "the by
             return f"the model fails ({error})"
         if not probe_logits_allclose(logits, reference.logits):
             return f"the model gives other logits than {than}"
-        if reference.cached and not cache_matches_forward(model, logits, reference.inputs):
-            return CACHE_MISMATCH
-        failure = forward_error(model, reference.inputs) if reference.runs else ""
-        return f"the model fails with its default cache ({failure})" if failure else None
+        wrong = reference.cached and not cache_matches_forward(model, logits, reference.inputs)
+        failure = forward_error(model, reference.inputs) if wrong or reference.runs else ""
+        if failure:
+            return f"the model fails with its default cache ({failure})"
+        return CACHE_MISMATCH if wrong else None
 
 
 def matches_reference(reference: ReferenceRun, model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamline_hooks.modeling import BlockStack, in_backward
+from streamline_hooks.modeling import BlockStack
 
 
 class GradientProbe:
@@ -70,22 +70,23 @@ class BoundaryProbes:
 
     def begin(self) -> None:
         """Start a forward."""
-        if not torch.compiler.is_compiling():
-            if self._reached:
-                self._unknown.update(range(self._reached, len(self._probes)))
-            self._reached = 0
+        if not torch.compiler.is_compiling() and self._reached:
+            self._unknown.update(range(self._reached, len(self._probes)))
+        self._reached = 0
 
-    def enter(self, k: int, state: Tensor) -> Tensor:
+    def enter(self, k: int, state: Tensor, recomputed: bool = False) -> Tensor:
         """Probe the input of block k, for each boundary up to block k that has no state yet."""
-        if torch.compiler.is_compiling() or in_backward() or k == 0:
+        if torch.compiler.is_compiling() or recomputed or k == 0:
             return self._probed(state, [0] if k == 0 else [])
         return self._probed(state, range(self._reached, k + 1), skipped=True)
 
-    def leave(self, k: int, state: Tensor) -> Tensor:
+    def leave(self, k: int, state: Tensor, recomputed: bool = False) -> Tensor:
         """Probe the output of block k."""
         if torch.compiler.is_compiling():
+            if not recomputed:  # other blocks of a partly compiled model run uncompiled
+                self._reached = k + 2
             return self._probed(state, [k + 1])
-        if in_backward():
+        if recomputed:
             self._recomputed[k] += state.requires_grad
             return self._probed(state, [k + 1])
         is_last = next(reversed(self._container._modules.values())) is self._blocks[k]

@@ -286,7 +286,7 @@ class HiddenStateMonitor:
             self._mask = padding_mask_of_call(watched, args, kwargs, self._mask)
 
     def _enter(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        recomputed = in_backward()  # gradient checkpointing runs the block again for a measured forward
+        recomputed = self._is_recomputed()
         if not (self._due and (self._counting or recomputed)):
             return None
         state = read_input(args, kwargs, self.stack[k])
@@ -294,11 +294,11 @@ class HiddenStateMonitor:
             with torch.no_grad():
                 # A copy, because some blocks modify their input in place.
                 self._entered[k] = by_token(state.detach(), self.stack[k]).to(torch.float32, copy=True)
-        probed = self._probes.enter(k, state) if self.config.gradients else state
+        probed = self._probes.enter(k, state, recomputed) if self.config.gradients else state
         return None if probed is state else write_input(args, kwargs, probed, self.stack[k])
 
     def _leave(self, k: int, args: tuple[Any, ...], output: Any) -> Any:
-        recomputed = in_backward()
+        recomputed = self._is_recomputed()
         if not (self._due and (self._counting or recomputed)):
             return None
         state, entering = read_output(output), None if recomputed else self._entered[k]
@@ -311,8 +311,12 @@ class HiddenStateMonitor:
                     self._norms[0].update(norms_of(entering), real)
                 self._norms[k + 1].update(norms_of(leaving), real)
                 self._changes[k].add_(change_sums(entering, leaving, real))
-        probed = self._probes.leave(k, state) if self.config.gradients else state
+        probed = self._probes.leave(k, state, recomputed) if self.config.gradients else state
         return None if probed is state else write_output(output, probed)
+
+    def _is_recomputed(self) -> bool:
+        """Whether gradient checkpointing runs a block again, in the backward of a measured forward."""
+        return in_backward() or not self._call.is_running
 
     def _real(self, state: Tensor) -> Tensor | None:
         mask = self._mask

@@ -203,6 +203,22 @@ def test_compiled_with_gradient_checkpointing() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("compiled", [[0, 1, 2], [3, 4, 5], [1, 4]])
+def test_some_blocks_are_compiled_and_others_not(compiled: list[int]) -> None:
+    """As where the compiler reaches its limit of versions of one function."""
+    torch.compiler.reset()
+    model, batch = training(), batch_of([9, 4, 7])
+    plain = measured(model, batch)
+    with HiddenStateMonitor(model, every=1) as monitor:
+        for k in compiled:
+            monitor.stack[k].compile(backend="aot_eager")
+        for _ in range(2):
+            loss_of(model, batch).backward()
+            assert_same(monitor.step(), plain)
+            model.zero_grad()
+    torch.compiler.reset()
+
+
 def test_which_steps_are_measured() -> None:
     model, batch = training(), batch_of([5])
 
