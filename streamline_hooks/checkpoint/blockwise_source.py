@@ -33,8 +33,8 @@ from streamline_hooks.core import (
     DistributedStep,
     StreamlineError,
     UnsupportedSurgery,
-    batches_digest,
     current_processes,
+    model_digest,
     progress_bar,
     read_file,
     validate_arguments,
@@ -356,7 +356,7 @@ def _folder_of_rank(folder: Path) -> Path:
 
 
 def _digest(module: nn.Module | None) -> str:
-    return "" if module is None else batches_digest([module.state_dict()])
+    return "" if module is None else model_digest(module)
 
 
 def _folder_name(desc: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from streamline_hooks.core import (
     StreamlineError,
     UnsupportedSurgery,
     distributed_step,
+    model_digest,
     progress_bar,
+    texts_digest,
     to_float64,
     validate_arguments,
+    warn_caller,
 )
 from streamline_hooks.modeling import (
     BlockCall,
@@ -158,6 +162,8 @@ def fit_replacements(
                 repair_results[k] = _fit_last_projection(
                     parallel_replacements[number], module, *pair, keep_weights=not kind.is_solved
                 )
+        if kind.is_solved:
+            _warn_of_unsolved_copies(parallel_replacements, [repair_results[k] for k in parallel])
     return [repair_results[k] for k in range(len(replacement_modules))]
 
 
@@ -228,6 +234,12 @@ def _parallel_replacement(
             f"{type(replacement_module).__name__}.last_projection={name!r} is a {type(projection).__name__}. Expected "
             "the path of an nn.Linear in the module. Correct last_projection."
         )
+    if _is_shared(projection, replacement_module):
+        raise StreamlineError(
+            f"{type(replacement_module).__name__}.last_projection={name!r} shares its weight or bias with another "
+            "layer of the module, which least squares would change too. Expected a layer with its own parameters. Name "
+            "another layer, or do not share the parameter."
+        )
     return ParallelReplacement(window, (replacement_module,), False, projection)
 
 
@@ -241,8 +253,15 @@ def _inherited_projection(block: nn.Module, branches: Branches | UnsupportedSurg
         if all(block.get_parameter(path).requires_grad for path in paths):
             owners = {path.rpartition(".")[0] for path in paths}
             projection = block.get_submodule(owners.pop())
-            return projection if not owners and is_solvable(projection) else None
+            can_be_solved = not owners and is_solvable(projection) and not _is_shared(projection, block)
+            return projection if can_be_solved else None
     return None
+
+
+def _is_shared(projection: nn.Module, module: nn.Module) -> bool:
+    """Whether a parameter of a projection in a module also belongs to another layer of the module."""
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    return any(uses[id(p)] > 1 for p in projection.parameters())
 
 
 def _fit_last_projection(
@@ -282,6 +301,23 @@ def _fit_last_projection(
     return repair
 
 
+def _warn_of_unsolved_copies(
+    replacements: Sequence[ParallelReplacement], repairs: Sequence[Repair | UnsupportedSurgery]
+) -> None:
+    """Warn of inherited blocks whose last projection least squares did not solve."""
+    names = {
+        type(replacement.blocks[-1]).__name__
+        for replacement, repair in zip(replacements, repairs, strict=True)
+        if replacement.takes_slots and isinstance(repair, Repair) and repair.ridge is None
+    }
+    for name in sorted(names):
+        warn_caller(
+            f"An inherited {name} starts as a copy, because least squares cannot solve its last projection. Expected "
+            "one linear layer that is not quantized, and whose output is added to the hidden state unchanged. Train "
+            "the replacement, or choose another kind."
+        )
+
+
 _TOKENS_AT_ONCE = 2048
 _Calls = Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -300,6 +336,11 @@ class ParallelReplacement:
     takes_slots: bool
     projection: nn.Module | None = None
     originals: tuple[nn.Module, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the blocks before the projection is solved."""
+        return texts_digest(map(model_digest, self.blocks))
 
     def run(self, entering: Tensor, calls: _Calls) -> Tensor:
         """Return the output of the replacement for window inputs of shape (batch, tokens, features)."""
@@ -334,8 +375,9 @@ class _ParallelSums:
             self.moments.add(*chunk)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums and the factor."""
-        return {**self.moments.state_dict(), "factor": self._factors.get(self._number, 0.0)}
+        """Return the sums, the factor and the digest of the replacement that they were measured with."""
+        factor = self._factors.get(self._number, 0.0)
+        return {**self.moments.state_dict(), "factor": factor, "replacement": self._replacement.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the sums and the factor."""

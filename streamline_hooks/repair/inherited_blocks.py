@@ -90,8 +90,9 @@ def merge_blocks(stack: BlockStack, window: range, weight: float = 1.0) -> nn.Mo
 
     θ = θ₁ + w Σₖ (θₖ − θ₁), where w is `weight`. Only layers with a matrix are merged; norms keep the weights of the
     first block. w = 1 is the formula of LaCo (arXiv 2402.11187); the published script keeps only the last of several
-    blocks. w = 1/n is the mean of n blocks. Raises UnsupportedSurgery if the blocks do not have parameters of the same
-    names and shapes.
+    blocks. w = 1/n is the mean of n blocks. A projection that is zeroed in the first block alone receives the weights
+    of the others, and is trainable. Raises UnsupportedSurgery if the blocks do not have parameters of the same names
+    and shapes.
 
     Examples
     --------
@@ -123,6 +124,8 @@ def merge_blocks(stack: BlockStack, window: range, weight: float = 1.0) -> nn.Mo
                     merged[name] = merged[name] + weight * (part.to(sum_dtypes[name]) - parameter.to(sum_dtypes[name]))
         for name, parameter in parameters.items():
             parameter.copy_(merged[name])
+            if parameter.any():  # a zeroed projection of the first block is frozen, and may have become non-zero
+                parameter.requires_grad_(True)
     return block
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from streamline_hooks.core import StreamlineError, to_float64
+from streamline_hooks.modeling import sum_order_tolerance
 from streamline_hooks.statistics import WindowMoments
 
 RIDGES: tuple[float, ...] = tuple(10.0**e for e in (-8, -7, -6, -5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 1))
@@ -262,7 +263,28 @@ def add_to_projection(projection: nn.Module, map_: Tensor) -> None:
 
 
 def is_solvable(module: nn.Module) -> bool:
-    """Whether a module is a Linear or Conv1D with floating-point weights that are not quantized or wrapped."""
+    """Whether a module is a Linear or Conv1D with floating-point weights that are not quantized or wrapped.
+
+    A subclass of Linear must compute what Linear computes.
+    """
     weight = getattr(module, "weight", None)
-    plain = type(module) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
-    return plain and isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
+    if not isinstance(module, (nn.Linear, Conv1D)) or type(weight) is not nn.Parameter:
+        return False
+    if type(weight.data) is not Tensor or not weight.is_floating_point():
+        return False
+    return type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and _computes_linear(module))
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Compare the output of a subclass of Linear with that of Linear on a few random inputs."""
+    inputs = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight)
+    expected = nn.functional.linear(inputs, module.weight, module.bias)
+    try:
+        with torch.no_grad():
+            output = module(inputs)
+    except Exception:  # a subclass may take other arguments or shapes
+        return False
+    if not isinstance(output, Tensor) or output.shape != expected.shape or output.dtype != expected.dtype:
+        return False
+    magnitude = nn.functional.linear(inputs.abs(), module.weight.abs())
+    return bool(((output - expected).abs() <= sum_order_tolerance(expected.dtype) * magnitude).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from streamline_hooks import StreamlineError, UnsupportedSurgery, find_stack, fit_windows, load
 from streamline_hooks.checkpoint import BlockwiseSource
 from streamline_hooks.checkpoint.offloaded import open_checkpoint
-from streamline_hooks.repair import FoldedConfig, FoldedMap, ScaleConfig, fit_branch_linear, measure_fold_moments
+from streamline_hooks.repair import (
+    FoldedConfig,
+    FoldedMap,
+    MLPConfig,
+    ScaleConfig,
+    fit_branch_linear,
+    measure_fold_moments,
+)
 from streamline_hooks.selection import Selection, Trial, trial_perplexities, verify_shortlist
 from streamline_hooks.statistics import WindowMoments, measure_branches
 from streamline_hooks.testing import tiny_model
@@ -132,6 +140,32 @@ def test_a_fit_is_not_continued_from_the_sums_of_another_branch(
             assert "another" in str(error)
         else:
             torch.testing.assert_close(result.map, expected.map)
+
+
+@pytest.mark.parametrize("other", [{"seed": 2}, {"activation": "relu"}, {"width": 17}])
+def test_a_fit_is_not_continued_from_the_sums_of_another_replacement(
+    other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The features of a network depend on its first layers, which least squares does not solve."""
+    model, folder = written(tmp_path)[0], tmp_path / "work"
+    config, windows = MLPConfig(width=16, linear=False, seed=1), [range(1, 3), range(2, 5)]
+    expected = fit_windows(load(model), windows, config, FIT, HELD_OUT)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamline_hooks.repair.fit.solve_projection", interrupt)
+        with pytest.raises(KeyboardInterrupt), BlockwiseSource(open_checkpoint(model), folder=folder) as source:
+            fit_windows(source, windows, config, FIT, HELD_OUT)
+    with (
+        pytest.raises(StreamlineError, match="states of another pass"),
+        BlockwiseSource(open_checkpoint(model), folder=folder) as source,
+    ):
+        fit_windows(source, windows, replace(config, **other), FIT, HELD_OUT)
+    with BlockwiseSource(open_checkpoint(model), folder=folder) as source:
+        found = fit_windows(source, windows, config, FIT, HELD_OUT)
+    assert [r.repaired_error for r in found] == pytest.approx([r.repaired_error for r in expected], rel=1e-6)
 
 
 @pytest.mark.long

@@ -443,3 +443,21 @@ def test_an_error_in_judging_that_is_kept_leaves_no_surgery_open(
         blockwise(verify_shortlist, model, SELECTIONS[:2], *TEXTS)
     assert kept.value.__traceback__ is not None and torch.is_grad_enabled()
     assert len(find_stack(model)) == 6
+
+
+def test_candidates_with_another_option_of_equal_weights_are_not_gone_on_with(tmp_path: Path) -> None:
+    """An activation has no weights, and a network that starts at the closed form is that map with each of them."""
+    folder, _ = written(tmp_path)
+    given: dict[str, Any] = {"check": False, "folder": tmp_path / "states"}
+
+    def verify_and_break_off(source: BlockwiseSource, *args: Any, **options: Any) -> None:
+        source.cached("verify", lambda: verify_shortlist(source, *args, **options), break_off, break_off)
+
+    def break_off(*_: Any) -> None:
+        raise Interrupted
+
+    kinds = [parse_replacement(f"mlp:width=8,activation={name}") for name in ("relu", "silu")]
+    with pytest.raises(Interrupted):
+        blockwise(verify_and_break_off, open_checkpoint(folder), SELECTIONS[:2], *TEXTS, replacement=kinds[0], **given)
+    with pytest.raises(StreamlineError, match=r"candidates was .*MLPReplacement"):
+        blockwise(verify_and_break_off, open_checkpoint(folder), SELECTIONS[:2], *TEXTS, replacement=kinds[1], **given)

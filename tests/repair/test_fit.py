@@ -175,6 +175,20 @@ class Wrong(Own):
     last_projection = "third"
 
 
+class Tied(nn.Module):
+    """Both layers have one weight, so a change of the second changes the first."""
+
+    last_projection = "second"
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(features, features), nn.Linear(features, features)
+        self.second.weight = self.first.weight
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(state)))
+
+
 class NormAtTheEnd(Own):
     def __init__(self, features: int) -> None:
         super().__init__(features)
@@ -185,7 +199,7 @@ class NormAtTheEnd(Own):
 
 
 def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
-    for factory in (AsMade, Mapped, Wrong, NormAtTheEnd):
+    for factory in (AsMade, Mapped, Wrong, NormAtTheEnd, Tied):
         register_kind(f"own-{factory.__name__.lower()}", factory, solved=factory is not AsMade)
     register_kind("own-own", lambda features: Own(features, width=64))
     model = tiny_model("llama")
@@ -205,6 +219,20 @@ def test_a_module_of_ones_own_starts_as_what_it_says_of_itself() -> None:
         fit_windows(model, [WINDOW], parse_replacement("own-wrong"), FIT, HELD_OUT)
     with pytest.raises(StreamlineError, match=r"NormAtTheEnd.*not added"):
         fit_windows(model, [WINDOW], parse_replacement("own-normattheend"), FIT, HELD_OUT)
+    with pytest.raises(StreamlineError, match=r"Tied.last_projection='second' shares.*Expected"):
+        fit_windows(model, [WINDOW], parse_replacement("own-tied"), FIT, HELD_OUT)
+
+
+def test_a_subclass_of_linear_that_computes_the_same_is_solved() -> None:
+    """Falcon's projections are of such a class."""
+    model = any_model("falcon")
+    parts = [torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(k)) for k in range(4)]
+    (repair,) = fit_windows(model, [WINDOW], parse_replacement("block"), parts[:3], parts[3:])
+    (copied,) = fit_windows(model, [WINDOW], parse_replacement("block:solve=false"), parts[:3], parts[3:])
+    assert repair.ridge is not None and copied.ridge is None
+    assert error(model, WINDOW, repair.replacement_module, parts) < error(
+        model, WINDOW, copied.replacement_module, parts
+    )
 
 
 def test_a_module_that_cannot_be_solved_is_not_taken_for_solved() -> None:
@@ -251,7 +279,8 @@ def test_what_has_no_last_projection_starts_as_it_was_unless_that_is_worse_than_
                 if k in WINDOW and parameter.ndim > 1 and (k > WINDOW.start or "o_proj" in name):
                     parameter.mul_(0.1)
     part = [torch.randint(3, 60, (4, 20), generator=torch.Generator().manual_seed(k)) for k in range(4)]
-    (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), part[:3], part[3:])
+    with pytest.warns(UserWarning, match="DecoderLayer starts as a copy"):
+        (repair,) = fit_windows(model, [WINDOW], parse_replacement(kind), part[:3], part[3:])
     assert repair.ridge is None and repair.repaired_error < repair.removal_error
     assert repair.repaired_error == pytest.approx(error(model, WINDOW, repair.replacement_module, part[3:]), rel=1e-4)
     (block,) = blocks_of(find_stack(model), repair.replacement_module)

@@ -90,3 +90,19 @@ def test_blocks_that_are_not_built_alike_are_refused() -> None:
         merge_blocks(find_stack(model), WINDOW)
     with pytest.raises(UnsupportedSurgery, match=r"cannot replace a window of 1 .*block 2\b"):
         merge_blocks(find_stack(model), range(2, 3))
+
+
+def test_the_weights_of_other_blocks_in_a_zeroed_branch_are_trainable(tmp_path: Any) -> None:
+    """The branch of the first block is zeroed, so its copy is frozen there; what the others add is trained."""
+    model: Any = tiny_model("llama")
+    with LayerSurgeon(model) as surgeon:
+        surgeon.zero_branch(WINDOW.start, "attention")
+        stack: Any = find_stack(model)
+        kept: Any = merge_blocks(stack, WINDOW, 0.0)
+        assert not kept.self_attn.o_proj.weight.any() and not kept.self_attn.o_proj.weight.requires_grad
+        merged: Any = merge_blocks(stack, WINDOW)
+        assert merged.self_attn.o_proj.weight.any() and merged.self_attn.o_proj.weight.requires_grad
+        insert_replacement(surgeon, WINDOW, merged)
+        surgeon.commit()
+    loaded = load(save(model, tmp_path / "model"))
+    assert torch.equal(loaded(tokens(2, 6)).logits, model(tokens(2, 6)).logits)

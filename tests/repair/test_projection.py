@@ -197,10 +197,21 @@ def test_sums_merge_and_are_kept() -> None:
 
 
 def test_what_can_be_solved_for() -> None:
-    class Quantized(nn.Linear):
-        pass
+    class Same(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.T + self.bias
+
+    class Rounded(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward((input * 8).round() / 8)
+
+    class Pair(nn.Linear):
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return super().forward(one + other)
 
     whole = nn.Linear(3, 4)
     whole.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
-    assert is_solvable(nn.Linear(3, 4)) and is_solvable(Conv1D(4, 3))
-    assert not any(map(is_solvable, (Quantized(3, 4), whole, nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1))))
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    assert all(map(is_solvable, (nn.Linear(3, 4), Conv1D(4, 3), Same(3, 4), Same(3, 4).to(torch.bfloat16))))
+    others = (Rounded(3, 4), Pair(3, 4), parametrized, whole, nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1))
+    assert not any(map(is_solvable, others))
