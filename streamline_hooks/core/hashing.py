@@ -64,7 +64,8 @@ def structure_digest(model: nn.Module, but: Collection[str] = ()) -> str:
 def autocast_dtype(model: nn.Module) -> str:
     """Return the autocast dtype of a model's matrix products, or an empty string if autocast is off."""
     device = device_of(model).type
-    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device)) if is_on else ""
 
 
 def tokenizer_digest(tokenizer: Any, texts: Iterable[str] = ()) -> str:

@@ -21,7 +21,7 @@ from streamline_hooks.evaluation.agreement import Agreement, require_distinct_mo
 from streamline_hooks.evaluation.batch_scores import BatchComparison, BatchScores, compare_on_batches, score_batches
 from streamline_hooks.evaluation.lm_eval_tasks import TaskResult
 from streamline_hooks.evaluation.result import Evaluation, Scores
-from streamline_hooks.evaluation.result_cache import ResultCache
+from streamline_hooks.evaluation.result_cache import ResultCache, digest_with_settings
 from streamline_hooks.evaluation.samples import GeneratedText, TextGenerationConfig, generate_texts, tokenize_prompt
 from streamline_hooks.evaluation.sliding_perplexity import (
     TextComparison,
@@ -165,13 +165,20 @@ class _Evaluator:
 
     def __init__(self, suite: Suite, content: SuiteContent, tokenizer: Any, cache: ResultCache) -> None:
         self.suite, self.content, self.tokenizer, self.cache = suite, content, tokenizer, cache
+        self.digests: dict[int, str] = {}
+
+    def digest(self, model: nn.Module) -> str:
+        """Return the digest of a model, computed once, because an evaluation changes no model."""
+        if id(model) not in self.digests:
+            self.digests[id(model)] = digest_with_settings(model)
+        return self.digests[id(model)]
 
     def scores(self, model: nn.Module, name: str) -> Scores:
         """Evaluate everything except text and batches."""
         content, parameters = self.content, list(model.parameters())
         scores = Scores(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
         for task, loaded in content.tasks.items():
-            parts = [loaded.digest, partial(tokenizer_digest, self.tokenizer, []), model]
+            parts = [loaded.digest, partial(tokenizer_digest, self.tokenizer, []), partial(self.digest, model)]
             run = partial(loaded.run, model, self.tokenizer)
             scores.tasks[task], scores.seconds[task] = self.cache.get(TaskResult, parts, run)
         for task, (problems, options) in content.problems.items():
@@ -216,14 +223,15 @@ class _Evaluator:
             data = [str(task), partial(batches_digest, batches)]
             if reference is None or evaluation.original is None:
                 run: Any = partial(score_batches, model, batches, task=task, desc=f"{evaluation.name}: {name}")
-                parts = [score_batches.__name__, *data, model]
+                parts = [score_batches.__name__, *data, partial(self.digest, model)]
                 evaluation.scores.batches[name], evaluation.scores.seconds[name] = self.cache.get(
                     BatchScores, parts, run
                 )
                 continue
             desc = f"{evaluation.name} and original: {name}"
             run = partial(compare_on_batches, model, reference, batches, task=task, desc=desc)
-            both, seconds = self.cache.get(BatchComparison, [compare_on_batches.__name__, *data, model, reference], run)
+            digests = [partial(self.digest, each) for each in (model, reference)]
+            both, seconds = self.cache.get(BatchComparison, [compare_on_batches.__name__, *data, *digests], run)
             for scores, batch_scores in ((evaluation.scores, both.changed), (evaluation.original, both.original)):
                 scores.batches[name], scores.seconds[name] = batch_scores, seconds / 2
             if both.similarity is None:
@@ -241,7 +249,8 @@ class _Evaluator:
         if measure in (solve_problems, generate_texts):
             options = {"config": TextGenerationConfig(**options)}
         run = partial(measure, *models, self.tokenizer, items, desc=desc, **options)
-        parts = [measure.__name__, settings, repr(items), partial(tokenizer_digest, self.tokenizer, texts), *models]
+        digests = [partial(self.digest, model) for model in models]
+        parts = [measure.__name__, settings, repr(items), partial(tokenizer_digest, self.tokenizer, texts), *digests]
         if settings.get("temperature"):
             parts.append(size)  # samples depend on the batch size
         return self.cache.get(kind, parts, run)

@@ -48,7 +48,6 @@ class ResultCache:
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
-        self._models: dict[int, str] = {}
         self._results: dict[str, Any] = {}
         if file is not None:
             check_writable(file)
@@ -64,7 +63,8 @@ class ResultCache:
         if self.file is None:
             return make(), round(time.perf_counter() - started, 2)
         values = [
-            self._model(part) if isinstance(part, nn.Module) else part() if callable(part) else part for part in parts
+            digest_with_settings(part) if isinstance(part, nn.Module) else part() if callable(part) else part
+            for part in parts
         ]
         key = hashlib.sha256(json.dumps([_VERSION, *values], sort_keys=True).encode()).hexdigest()[:32]
         if key not in self._results:
@@ -75,21 +75,17 @@ class ResultCache:
         cached = self._results[key]
         return _read(kind, cached["value"]), cached["seconds"]
 
-    def _model(self, model: nn.Module) -> str:
-        """Return a digest of a model, its autocast dtype, its generation config, and how its prompts skip blocks."""
-        if (skip := find_prompt_skip(model)) is not None:
-            maps = [None if m is None else weights_digest(m) for m in skip.maps]
-            return f"{self._without_skip(model)} {skip.stack.path} {skip.window} {skip.last_tokens} {maps}"
-        return self._without_skip(model)
 
-    def _without_skip(self, model: nn.Module) -> str:
-        if id(model) not in self._models:
-            generation: Any = getattr(model, "generation_config", None)
-            settings = generation.to_dict() if generation is not None else {}
-            settings.pop("transformers_version", None)
-            digests = model_digest(model), autocast_dtype(model), sorted(settings.items(), key=str)
-            self._models[id(model)] = " ".join(map(str, digests))
-        return self._models[id(model)]
+def digest_with_settings(model: nn.Module) -> str:
+    """Return a digest of a model, its autocast dtype, its generation config, and how its prompts skip blocks."""
+    generation: Any = getattr(model, "generation_config", None)
+    settings = generation.to_dict() if generation is not None else {}
+    settings.pop("transformers_version", None)
+    digest = " ".join(map(str, (model_digest(model), autocast_dtype(model), sorted(settings.items(), key=str))))
+    if (skip := find_prompt_skip(model)) is not None:
+        maps = [None if m is None else weights_digest(m) for m in skip.maps]
+        digest += f" {skip.stack.path} {skip.window} {skip.last_tokens} {maps}"
+    return digest
 
 
 _EARLIER_NAMES = {"written": "texts"}  # fields of `ProblemResults` in earlier cache files

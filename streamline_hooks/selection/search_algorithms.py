@@ -7,6 +7,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,10 +21,11 @@ from streamline_hooks.core import (
 )
 from streamline_hooks.modeling import BRANCHES, Branch, StateSource, Task
 from streamline_hooks.selection.criteria import Criterion, resolve_criterion
-from streamline_hooks.selection.scoring import compares_with_the_original, score_windows
+from streamline_hooks.selection.scoring import compares_with_the_original, leaf_criteria, score_windows
 from streamline_hooks.selection.selection import Scorer, Selection, best_windows, consecutive_runs, finite_scores
 from streamline_hooks.selection.target import blocks_to_remove, protected_blocks, windows_of_size
-from streamline_hooks.statistics import BranchScores, Profile, profile
+from streamline_hooks.statistics import BranchScores, Profile
+from streamline_hooks.statistics import profile as measure_profile
 from streamline_hooks.surgery import LayerSurgeon, as_state_source
 
 _PartialSelection = tuple[float, tuple[range, ...]]  # (minus the sum of the scores, windows); the smallest is best
@@ -130,10 +132,12 @@ def greedy(
     protect: Iterable[int] = (),
     stack: str | None = None,
     task: Task | None = None,
+    profile: Profile | None = None,
 ) -> list[Selection]:
     """Remove the best block and score the remaining blocks again, until `count` blocks are removed.
 
-    Each round measures a new profile for a criterion that needs one. A criterion that compares with the original, such
+    For a criterion that needs a profile, the first round uses `profile`, if given. Each other round measures a new one
+    that counts the same tokens. A criterion that compares with the original, such
     as `kl_when_removed`, compares with the model before the first round. The score of the selection is the sum of the
     scores of the removed blocks. Blocks on disk are read once in each round; a criterion that runs the model is refused
     for them.
@@ -150,16 +154,28 @@ def greedy(
     original = None
     if count > 1 and compares_with_the_original(chosen):  # copy the modules, share the weights
         original = copy.deepcopy(model, {id(weight): weight for weight in (*model.parameters(), *model.buffers())})
+    reads_profile = any(part.needs == "profile" for part in leaf_criteria(chosen))
+    counts = {} if profile is None else profile.about
+    tokens, skip = counts.get("tokens", "all"), counts.get("skip", 0)
+    if reads_profile and tokens == "mask" and count > 1:
+        raise StreamlineError(
+            "The profile counts tokens selected by masks, which it does not contain, so the rounds of a greedy search "
+            "cannot count the same tokens. Expected a profile with tokens='all' or 'last'. Profile again, or use "
+            "another search."
+        )
+    measure = partial(_round_profile, batches=batches, tokens=tokens, skip=skip)
     removed: list[int] = []
     total = 0.0
     with progress_bar(count, "greedy", "blocks") as bar:
         while len(removed) < count:
             with LayerSurgeon(model, block_stack, probe=source.in_memory) as surgeon:  # else probed once, at the end
                 _remove(surgeon, removed)
-                score = partial(score_windows, chosen, model=model, batches=batches, stack=block_stack.path, task=task)
-                if not source.in_memory:
-                    round_profile = _round_profile(source.current(), batches, removed)
-                    score = partial(score_windows, chosen, profile=round_profile)
+                measured = None
+                if reads_profile:
+                    measured = profile if profile and not removed else measure(source.current(), removed=removed)
+                score = partial(score_windows, chosen, profile=measured)
+                if source.in_memory:
+                    score = partial(score, model=model, batches=batches, stack=block_stack.path, task=task)
                 kept = surgeon.plan.kept
                 free = windows_of_size(len(kept), 1, frozenset(new for new, old in enumerate(kept) if old in protected))
                 best = best_windows(partial(score, original=original if removed else None), free)[0]
@@ -171,11 +187,15 @@ def greedy(
     return [Selection.of_blocks(removed, score=total)]
 
 
-def _round_profile(source: StateSource, batches: Sequence[Batch | Tensor], removed: Sequence[int]) -> Profile:
+def _round_profile(
+    source: StateSource, batches: Sequence[Batch | Tensor], tokens: Any, skip: int, removed: Sequence[int]
+) -> Profile:
     """Return the profile of the model without some blocks; a continued run takes those of its finished rounds."""
     identity = f"{sorted(removed)} {batches_digest([*batches])}"
+    identity += "" if (tokens, skip) == ("all", 0) else f" {tokens} {skip}"
     name = f"greedy_{len(removed)}_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    return source.cached(name, partial(profile, source, batches, replicates=0), Profile.save, Profile.load)
+    make = partial(measure_profile, source, batches, tokens=tokens, skip=skip, replicates=0)
+    return source.cached(name, make, Profile.save, Profile.load)
 
 
 def _remove(surgeon: LayerSurgeon, blocks: Iterable[int]) -> None:

@@ -394,6 +394,7 @@ class GreedySearch(SearchConfig):
             protect=problem.protect,
             stack=problem.stack,
             task=problem.task,
+            profile=problem.profile,
         )
 
 
@@ -408,6 +409,13 @@ class _BranchSearch(SearchConfig):
 
     def find(self, problem: SearchProblem) -> list[Selection]:
         model, batches = problem.model_and_batches()
+        counts = {} if problem.profile is None else problem.profile.about
+        tokens, skip = counts.get("tokens", "all"), counts.get("skip", 0)
+        if (tokens, skip) != ("all", 0):
+            raise StreamlineError(
+                f"The profile has tokens={tokens!r} and skip={skip}, but the search {self.kind!r} counts all real "
+                "tokens. Expected a profile with tokens='all' and skip=0. Profile again, or search for blocks."
+            )
         scores = measure_branches(model, batches, stack=problem.stack)
         return best_branches(scores, self.branch, problem.count, protect=problem.protect, best=problem.best)
 

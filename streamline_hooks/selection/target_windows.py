@@ -190,9 +190,14 @@ class TargetWindows:
         before : (int, int)
             Result of `model_size` before the compression: parameters and bytes.
         ratio : float, optional
-            Result of `time_ratio`.
+            Result of `time_ratio`; required for ``latency`` and ``decode_latency``.
         timer : callable, optional
             Times models as `measure_speed` does.
+
+        Raises
+        ------
+        StreamlineError
+            If `ratio` is required and missing.
         """
         if len(removed) != 1 or removed[0] not in self.predicted:
             return None
@@ -200,10 +205,15 @@ class TargetWindows:
             measured = (before[0] - model_size(model)[0]) / before[0]
         elif self.target.unit == "memory_bytes":
             measured = float(model_size(model)[1])
+        elif self.target.unit == "seconds_per_token":
+            measured = seconds_per_token(model, timer)
         elif ratio is not None:
             measured = ratio
         else:
-            measured = seconds_per_token(model, timer)
+            raise StreamlineError(
+                f"The target {self.target} is a fraction of the original's time, but ratio=None. Expected the ratio of "
+                "both times. Measure it with time_ratio before the change, and pass ratio=..."
+            )
         return TargetOutcome(self.target, self.original, self.predicted[removed[0]], measured)
 
 

@@ -14,6 +14,7 @@ from streamline_hooks.core import (
     IGNORE_INDEX,
     Batch,
     StreamlineError,
+    autocast_dtype,
     prepare_inputs,
     progress_bar,
     shift_labels,
@@ -66,8 +67,8 @@ def block_saliency(
     Raises
     ------
     StreamlineError
-        If the model is not a causal language model, a parameter is offloaded or not floating point, no token is
-        predicted, no gradient reaches a block, or the loss or a gradient is not finite.
+        If the model is not a causal language model, a parameter is offloaded or not floating point, weights or autocast
+        are float16, no token is predicted, no gradient reaches a block, or the loss or a gradient is not finite.
 
     Examples
     --------
@@ -180,6 +181,12 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _require_differentiable(stack: BlockStack, blocks: Sequence[int]) -> None:
+    in_weights = any(p.dtype == torch.float16 for p in stack.model.parameters())
+    if in_weights or autocast_dtype(stack.model) == str(torch.float16):
+        raise StreamlineError(
+            f"{'The weights are' if in_weights else 'autocast is'} float16, in which small gradients become 0. "
+            "Expected bfloat16 or float32. Call model.bfloat16(), or use a criterion without gradients."
+        )
     for k in blocks:
         for name, p in stack[k].named_parameters():
             if not p.is_floating_point() or p.is_meta:

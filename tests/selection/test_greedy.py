@@ -12,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack
+from streamline_hooks import LayerSurgeon, StreamlineError, UnsupportedSurgery, find_stack, profile, search
 from streamline_hooks.evaluation import agreement
-from streamline_hooks.selection import windows_of_size
+from streamline_hooks.selection import (
+    AttentionSearch,
+    GreedySearch,
+    MLPSearch,
+    SearchConfig,
+    WindowSearch,
+    windows_of_size,
+)
 from streamline_hooks.selection.criteria import Criterion, combine_criteria
 from streamline_hooks.selection.scoring import score_windows
 from streamline_hooks.selection.search_algorithms import greedy
@@ -24,6 +31,7 @@ from tests.surgery.test_surgeon import fingerprint
 from tests.tiny_models import BLOCKS, left_padded, repaired, tiny_model, tokens
 
 BATCHES = [left_padded(2, 8), tokens(2, 6, seed=1)]
+MASKS = [torch.ones(2, length, dtype=torch.bool) for length in (8, 6)]
 
 
 def by_hand(model: nn.Module, criterion: str, count: int, keep: set[int]) -> tuple[set[int], float]:
@@ -142,6 +150,58 @@ def test_every_round_profiles_what_is_left() -> None:
 
     greedy(tiny_model("llama"), BATCHES, Criterion("watched", watched, "profile"), 3)
     assert list(dict.fromkeys(seen)) == [6, 5, 4] and len(seen) == 6 + 5 + 4
+
+
+@pytest.mark.parametrize("counted", [{"tokens": "last"}, {"skip": 3}])
+def test_every_round_counts_the_tokens_of_the_given_profile(counted: dict[str, Any]) -> None:
+    model, seen = tiny_model("llama"), list[Profile]()
+
+    def watched(profile: Profile, window: range) -> float:
+        seen.extend([profile] * (profile not in seen))
+        return float(profile.value("cosine", window))
+
+    given_profile = profile(model, BATCHES, **counted)
+    (found,) = greedy(model, BATCHES, Criterion("watched", watched, "profile"), 2, profile=given_profile)
+    assert seen[0] is given_profile and len(seen) == 2
+    gone = min(found.blocks), max(found.blocks)
+    for first in gone:  # one of the two went first
+        with LayerSurgeon(changed := copy.deepcopy(model)) as surgeon:
+            surgeon.remove(range(first, first + 1))
+            surgeon.commit()
+        again = profile(changed, BATCHES, replicates=0, **counted)
+        if torch.allclose(again.cosine, seen[1].cosine):
+            break
+    else:
+        pytest.fail("the second round measured other tokens")
+    assert seen[1].tokens == given_profile.tokens < profile(model, BATCHES).tokens
+
+
+def test_a_search_finds_one_block_like_a_window_search_with_the_same_profile() -> None:
+    model = tiny_model("llama")
+    for counted in ({}, {"tokens": "last"}, {"tokens": MASKS}):
+        measured = profile(model, BATCHES, **counted)  # type: ignore[arg-type]
+        window, block = (
+            search(measured, 1, config, model=model, batches=BATCHES)[0]
+            for config in (WindowSearch(criterion="cosine"), GreedySearch())
+        )
+        assert block == window
+
+
+def test_tokens_that_later_rounds_cannot_count_are_refused() -> None:
+    model = tiny_model("llama")
+    masked = profile(model, BATCHES, tokens=MASKS)
+    with pytest.raises(StreamlineError, match=r"masks, which it does not contain.*tokens='all' or 'last'"):
+        search(masked, 2, GreedySearch(), model=model, batches=BATCHES)
+    assert search(masked, 2, GreedySearch(criterion="kl"), model=model, batches=BATCHES)  # needs no profile
+
+
+@pytest.mark.parametrize("config", [AttentionSearch(), MLPSearch()])
+def test_a_search_of_branches_refuses_a_profile_of_some_tokens(config: SearchConfig) -> None:
+    model = tiny_model("llama")
+    assert search(profile(model, BATCHES), 2, config, model=model, batches=BATCHES)
+    for counted, named in (({"tokens": "last"}, "tokens='last' and skip=0"), ({"skip": 2}, "tokens='all' and skip=2")):
+        with pytest.raises(StreamlineError, match=f"{named}.*counts all real tokens.*Profile again"):
+            search(profile(model, BATCHES, **counted), 2, config, model=model, batches=BATCHES)
 
 
 def test_a_model_repaired_before_keeps_its_repair() -> None:

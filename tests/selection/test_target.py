@@ -486,6 +486,8 @@ def test_the_time_of_a_change_as_a_fraction() -> None:
         assert ratio == pytest.approx((whole - 2 * tokens) / whole)
         outcome = found.outcome(found.windows[:1], model, before=(1, 1), ratio=ratio)
         assert outcome is not None and outcome.measured == ratio and outcome.original == 1.0
+        with pytest.raises(StreamlineError, match=r"fraction of the original's time, but ratio=None.*time_ratio"):
+            found.outcome(found.windows[:1], model, before=(1, 1), timer=timer)  # seconds are not a fraction
     for target in (2, Target(parameters=0.2), Target(memory_bytes=50_000)):
         assert target_windows(model, target).time_ratio(stack, lambda surgeon: None) is None
 

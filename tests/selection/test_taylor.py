@@ -122,6 +122,15 @@ def test_a_long_text_of_half_precision_is_summed_wide() -> None:
     assert many == pytest.approx(one, rel=1e-4)
 
 
+def test_float16_is_refused_because_small_gradients_become_zero() -> None:
+    model = tiny_model("llama", torch.float16)
+    with pytest.raises(StreamlineError, match=r"weights are float16.*small gradients.*model.bfloat16"):
+        block_saliency(model, [tokens(1, 5)], [1])
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.float16), pytest.raises(StreamlineError, match=r"autocast is float16"):
+        block_saliency(model, [tokens(1, 5)], [1])
+
+
 def test_what_has_no_gradient_says_so() -> None:
     model = tiny_model("llama")
     model.model.layers[3].register_forward_pre_hook(lambda m, a: (a[0].detach(), *a[1:]))
