@@ -4,7 +4,7 @@
 
 One setting is varied at a time: the kind of replacement, the number of replacements, the training tokens, and the
 fraction of removed blocks. The other settings are one SwiGLU for 8 of 30 blocks, trained by KL on 100,000 tokens for
-one epoch in bfloat16 autocast, as in `benchmarks.quality`. The blocks of each point are chosen by the verified
+one epoch in bfloat16 autocast. The blocks of each point are chosen by the verified
 shortlist on training text. Scores are mean perplexity ratios over five held-out domains. Each point is saved to
 ``benchmarks/results/curves.json`` when it is finished, the table to ``benchmarks/results/curves.md`` and the plot to
 ``docs/images/curves.svg``. All points take about two hours on two cores.
@@ -15,17 +15,25 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quality import OURS
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import BATCH, RESULTS, ROOT, arguments
 from benchmarks.training_text import training_text
-from streamline_hooks import LinearConfig, SwiGLUConfig, perplexity, profile, train, verify_shortlist
+from streamline_hooks import (
+    CompressionConfig,
+    DistillationConfig,
+    LinearConfig,
+    SwiGLUConfig,
+    perplexity,
+    profile,
+    train,
+    verify_shortlist,
+)
 from streamline_hooks.checkpoint import load_pretrained
 from streamline_hooks.core import HardwareConfig, split_into_batches
 from streamline_hooks.distillation import student_of
@@ -35,6 +43,7 @@ from streamline_hooks.repair import BlockConfig, MLPConfig, ReplacementConfig, S
 from streamline_hooks.selection import DisjointSearch, SearchConfig, WindowSearch, windows_of_size
 
 FILE = RESULTS / "curves.json"
+SETTINGS = replace(CompressionConfig.preset("best").distillation or DistillationConfig(), loss={"kl": 1.0})
 MOST, CHOOSING, SHORTLIST = (
     1_000_000,
     40_960,
@@ -121,7 +130,7 @@ class Bench:
             student,
             split_into_batches(rows, 1),
             self.validation,
-            OURS,
+            SETTINGS,
             resume=file.exists(),
             checkpoint_file=file,
             hardware=HardwareConfig(autocast="bfloat16", state_memory=2**34),

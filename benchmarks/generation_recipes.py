@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.quality import STARTING
 from benchmarks.real_text import SEQUENCE
+from benchmarks.retained_quality import STARTING
 from streamline_hooks import CompressionConfig, DistillationConfig
 from streamline_hooks.repair import NoneConfig
 

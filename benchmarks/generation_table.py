@@ -77,8 +77,8 @@ HEAD = (
 COLUMNS = {
     "classification, generation": "the retained fraction of the accuracy above chance, with the 95 % bootstrap "
     "interval over questions (problems with the same few-shot examples are drawn together). Classification has the "
-    "tasks of quality.md; generation has synthetic problems and last words, solved greedily. Chance is the accuracy of "
-    "the most frequent answer",
+    "tasks of `benchmarks.multiple_choice`; generation has synthetic problems and last words, solved greedily. Chance "
+    "is the accuracy of the most frequent answer",
     "accuracy": "the ratio of the mean accuracies in classification, as in papers",
     "pass@k": "the retained fraction of the probability that one of k sampled answers is correct, above guessing "
     "answers by their frequency",

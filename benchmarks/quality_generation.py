@@ -7,10 +7,10 @@ text, the number of rounds, and healing. All recipes train on the same number of
 ``minutes``) on the number of tokens that takes the CPU time of `best`, unless that is nearly the same. The blocks are
 selected once for all seeds, on training text. The seed determines the training text, the text of the initial fit and
 the order of the batches; it determines the random weights of a replacement only if it is initialized as plain removal.
-Classification is scored on the tasks of `benchmarks.quality`, generation as in `benchmarks.generation_scores`. Matrix
-products are in bfloat16 if the CPU supports it, otherwise in float32, and each row is compared with the original in the
-same precision. Minutes are CPU time. Each row is saved to ``benchmarks/results/quality_generation.json`` when it is
-finished, and the tables to ``benchmarks/results/quality_generation.md``. Interrupted training runs are resumed. Two
+Classification is scored on the tasks of `benchmarks.multiple_choice`, generation as in `benchmarks.generation_scores`.
+Matrix products are in bfloat16 if the CPU supports it, otherwise in float32, and each row is compared with the original
+in the same precision. Minutes are CPU time. Each row is saved to ``benchmarks/results/quality_generation.json`` when it
+is finished, and the tables to ``benchmarks/results/quality_generation.md``. Interrupted training runs are resumed. Two
 processes that run this command divide the rows among themselves.
 """
 
@@ -34,9 +34,9 @@ from torch import Tensor
 from benchmarks.generation_recipes import RECIPES, SIZES, TRAINED, Recipe, Run, plans, same_minutes
 from benchmarks.generation_scores import Generation
 from benchmarks.generation_table import table
-from benchmarks.quality import CHOOSING, SHORTLIST, STARTING
 from benchmarks.quality_scores import Quality, write
 from benchmarks.real_text import RESULTS, ROOT, SEQUENCE, arguments
+from benchmarks.retained_quality import CHOOSING, SHORTLIST, STARTING
 from benchmarks.short_answers import fast_products, products
 from benchmarks.training_text import TrainingText, training_text
 from streamline_hooks import DistillationConfig, RunOptions, compress, profile, train, verify_shortlist

@@ -51,7 +51,7 @@ for _preset in (
     Preset(
         "best",
         _BEST,
-        "The best repair of this library in benchmarks/results/quality.md: a SwiGLU network parallel to the "
+        "The best repair of this library in benchmarks/results/retained_quality.md: a SwiGLU network parallel to the "
         "least-squares map, trained on the original's logits and on the text, together with the blocks after it at a "
         "fifth of the learning rate. Blocks are ranked on text that repeats each passage, because ranking on prose "
         "selects the blocks that copy (benchmarks/results/quality_generation.md). If the text differs from the "
