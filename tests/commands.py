@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from streamline_hooks import cli
+
+
+def without_repeated(defaults: Sequence[Any], options: Sequence[Any]) -> list[Any]:
+    """Return options and their defaults, which are pairs of a flag and a value, without the defaults that are given."""
+    pairs = zip(defaults[::2], defaults[1::2], strict=True)
+    return [item for flag, value in pairs if flag not in options for item in (flag, value)] + list(options)
 
 
 def run(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from streamline_hooks.core import describe_blocks
-from streamline_hooks.evaluation import MEASURES
+from streamline_hooks.distillation import TrainingResult
+from streamline_hooks.evaluation import MEASURES, recorded_guarantees
 from streamline_hooks.modeling import task_from_class_names
 from streamline_hooks.selection import TargetOutcome
 from streamline_hooks.surgery import MODEL_TYPE, SurgeryPlan
@@ -24,6 +27,10 @@ STAGE_LABELS = {
     "first_removed": "the search's first, removed",
     "first_repaired": "the search's first, repaired",
 }
+_GUARANTEE_NOTE = (
+    "This is stated about these weights in the precision of this checkpoint, and about data from the source of the "
+    "measured ones, which must not have been used to compress or to choose the model."
+)
 _PAPER = "https://arxiv.org/abs/2403.19135"
 
 
@@ -68,11 +75,18 @@ def model_card(config: dict[str, Any], report: dict[str, Any] | None = None, bas
         else f"This is {name}, from which no block was removed."
     )
     for number, entry in enumerate(history):
-        lines += ["", "## Changes" + (f", {number + 1}" if len(history) > 1 else ""), "", *_surgery(entry)]
+        lines += [
+            "",
+            "## Changes" + (f", {number + 1}" if len(history) > 1 else ""),
+            "",
+            *_surgery(entry, history[:number]),
+        ]
     if report.get("target"):
         lines += ["", "## Target", "", *_target(TargetOutcome.from_dict(report["target"]))]
     if _final_perplexity(report) is not None or report.get("scores") or report.get("warnings"):
         lines += ["", "## Quality", "", *_measured(report)]
+    if statements := recorded_guarantees(history):
+        lines += ["", "## Guarantee", "", *(f"- Bounded losses, {text}." for text in statements), "", _GUARANTEE_NOTE]
     loading = _loading_into(config) if custom_class else _loading(config, architecture, is_causal)
     return "\n".join([*lines, "", "## Loading", "", loading, ""])
 
@@ -106,8 +120,10 @@ def _final_perplexity(report: dict[str, Any]) -> float | None:
     return next((perplexities[label] for label in ("trained", "repaired", "removed") if label in perplexities), None)
 
 
-def _surgery(entry: dict[str, Any]) -> list[str]:
+def _surgery(entry: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines about one surgery; `earlier` are the records of the surgeries before it."""
     plan = SurgeryPlan.from_dict(entry)
+    kept = Counter(splice.module for before in earlier[-1:] for splice in SurgeryPlan.from_dict(before).splices)
     removed = ", ".join(map(str, plan.removed))
     lines = [f"- Blocks: {plan.old_length} before, {len(plan.slots)} now. Removed: {removed or 'none'}."]
     zeroed, folded = (
@@ -122,16 +138,17 @@ def _surgery(entry: dict[str, Any]) -> list[str]:
         )
     for splice in plan.splices:
         position = f"replaces {describe_blocks(range(*splice.replaces))}" if splice.replaces else "is inserted"
+        if not splice.replaces and kept[splice.module]:
+            position, kept[splice.module] = "is of the change before", kept[splice.module] - 1
         lines.append(f"- {splice.module} {position}, runs before block {splice.before} and takes no cache slot.")
     inserted = [f"{number} ({slot.module})" for number, slot in enumerate(plan.slots) if slot.source is None]
     if inserted:
         lines.append(f"- Inserted blocks: {', '.join(inserted)}.")
     # Older records have no "repaired".
     fitting = entry.get("repaired", "trained" if entry.get("training") else "in closed form")
-    if "kind" in entry and fitting:
+    if entry.get("kind", "none") != "none" and fitting:
         lines.append(f"- Repaired by: `{entry['kind']}`, {fitting}.")
-    if "guarantee" in entry:
-        lines.append(f"- Bounded losses, {entry['guarantee']}.")
+    lines += _training(entry)
     data = {key: value for key, value in (entry.get("calibration") or {}).items() if value not in ([], "", None)}
     if data:
         data_texts = [
@@ -147,6 +164,21 @@ def _surgery(entry: dict[str, Any]) -> list[str]:
     if versions:
         lines.append("- Made with " + ", ".join(f"{package} {version}" for package, version in versions.items()) + ".")
     return lines
+
+
+def _training(entry: dict[str, Any]) -> list[str]:
+    """Return the line about a training run; none for records without it, or with other fields."""
+    config = entry.get("config") or {}
+    try:
+        result = TrainingResult(**(entry.get("training") or {}))
+    except TypeError:
+        return []
+    weights = (config.get("distillation") or {}).get("loss") or {}
+    loss = " + ".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in weights.items())
+    healing = (config.get("healing") or {}).get("method")
+    healed = f" and `{healing}` healing of kept blocks" if healing else ""
+    line = f"- Training{f' with the loss `{loss}`' if loss else ''}{healed}: {result}."
+    return [line if result.best_step else f"{line} The initial weights are kept."]
 
 
 def _target(outcome: TargetOutcome) -> list[str]:

@@ -23,6 +23,7 @@ from streamline_hooks.core import (
     refuse_adapters,
     validate_arguments,
 )
+from streamline_hooks.evaluation import drop_outdated_guarantees
 from streamline_hooks.modeling import find_stack, restore_4_bit_layout
 from streamline_hooks.replacements import build_replacement, replacement_config
 from streamline_hooks.surgery import (
@@ -126,6 +127,7 @@ def save_elastic(
     }
     restore_4_bit_layout(model)
     check_not_source(model, target)
+    drop_outdated_guarantees(model)
     with atomic_checkpoint(target, overwrite) as new_folder:
         options: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         if has_unmapped_offload(model):

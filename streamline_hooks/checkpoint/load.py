@@ -14,7 +14,7 @@ from streamline_hooks.checkpoint.pretrained import error_summary
 from streamline_hooks.checkpoint.safety import CONFIG, DESCRIPTION, INDEX, WEIGHTS, check_folder
 from streamline_hooks.core import StreamlineError, read_json, validate_arguments
 from streamline_hooks.modeling import find_sentence_folder, load_with_pooler
-from streamline_hooks.surgery import MODEL_TYPE, SurgeryPlan, committed_surgeries
+from streamline_hooks.surgery import MODEL_TYPE, SurgeryPlan, surgery_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,8 +188,7 @@ def read_history(model: nn.Module | str | Path) -> list[dict[str, Any]]:
         file, name = Path(model) / DESCRIPTION, str(model)
         record = read_json(file if file.is_file() else Path(model) / CONFIG).get("streamline_hooks")
     else:
-        record, name = getattr(getattr(model, "config", None), "streamline_hooks", None), type(model).__name__
-        record = {"history": committed_surgeries(model)} if committed_surgeries(model) else record
+        record, name = {"history": surgery_records(model)}, type(model).__name__
     history = (record or {}).get("history") or []
     if not history:
         raise StreamlineError(

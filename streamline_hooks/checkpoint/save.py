@@ -28,6 +28,7 @@ from streamline_hooks.core import (
     validate_arguments,
     warn_caller,
 )
+from streamline_hooks.evaluation import drop_outdated_guarantees
 from streamline_hooks.modeling import restore_4_bit_layout, saves_itself, sentence_folder_of
 from streamline_hooks.surgery import is_elastic, is_splice_parameter
 
@@ -125,6 +126,7 @@ def save(
     restore_4_bit_layout(model)
     check_not_source(model, target)
     warn_of_depths(model)
+    drop_outdated_guarantees(model)
     sentence_folder = sentence_folder_of(model)
     with atomic_checkpoint(target, overwrite) as new_folder:
         if writer is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, RepeatArgumentError
 
 from streamline_hooks.cli.output import discard_output, print_error
 from streamline_hooks.core import StreamlineError, TrainingInterrupted
@@ -47,7 +47,6 @@ def make_app(command: str = "") -> App:
         help_format="plaintext",
         help_epilogue="streamline-hooks COMMAND --help-all lists all options of a command in groups.",
         group_parameters=Group("Options"),
-        default_parameter=Parameter(allow_repeating=True),  # the last value counts
         result_action="return_value",
         suppress_keyboard_interrupt=False,
         exit_on_error=False,
@@ -110,6 +109,11 @@ def run(arguments: Sequence[str]) -> None:
     try:
         with every_option([command] if help_all else COMMANDS if command == INSTALL else []):
             app([command, "--help"] if help_all else arguments)
+    except RepeatArgumentError as error:
+        raise StreamlineError(
+            f"{error.token.keyword} was given more than once. Expected it once. Omit the others; where it accepts "
+            f"several values, separate them as streamline-hooks {command} --help shows."
+        ) from None
     except CycloptsError as error:
         text = " ".join(str(error).split())
         raise StreamlineError(f"{text} See streamline-hooks {command} --help-all.") from None

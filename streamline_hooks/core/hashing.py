@@ -38,6 +38,19 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def state_digest(model: nn.Module) -> str:
+    """Return a digest of the weights that a checkpoint contains, or "" if one is on the meta device."""
+    state = sorted(model.state_dict().items())
+    tensors = [(name, value) for name, value in state if isinstance(value, torch.Tensor)]
+    if any(tensor.is_meta for _, tensor in tensors):
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
 def model_digest(model: nn.Module, *, attributes: bool = True) -> str:
     """Return a digest of a model's weights, modules and config, independent of the path it was loaded from.
 

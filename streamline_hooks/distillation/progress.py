@@ -117,7 +117,7 @@ class TrainingResult:
 
     @property
     def warning(self) -> str:
-        """Return why the run did not improve the model, or an empty string."""
+        """Return why the run did not improve the model or was not completed, or an empty string."""
         if self.stopped and not self.steps:
             return f"The training run made no step: {self.stopped}."
         later_losses = [row["validated"] for row in self.history if row["step"]]
@@ -126,6 +126,8 @@ class TrainingResult:
                 f"The training run did not improve the model: {self.stopped}, before the first validation. The initial "
                 "weights are kept."
             )
+        if self.best_step and self.stopped.startswith(("interrupted", "the loss")):
+            return f"The training run ended early: {self.stopped}. The best weights are kept, of step {self.best_step}."
         if self.best_step or not later_losses:
             return ""
         first = self.history[0]

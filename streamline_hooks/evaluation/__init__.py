@@ -31,6 +31,12 @@ from streamline_hooks.evaluation.guarantee import (
     mean_upper_bound,
     required_units,
 )
+from streamline_hooks.evaluation.guarantee_record import (
+    add_statement,
+    drop_outdated_guarantees,
+    record_guarantee,
+    recorded_guarantees,
+)
 from streamline_hooks.evaluation.lm_eval_tasks import LoadedTask, TaskResult, TaskSettings, load_tasks, run_tasks
 from streamline_hooks.evaluation.perplexity import (
     NotFiniteLikelihood,
@@ -123,6 +129,7 @@ __all__ = [
     "TextPerplexity",
     "TimedModel",
     "Timing",
+    "add_statement",
     "agreement",
     "arithmetic",
     "bound_losses",
@@ -135,6 +142,7 @@ __all__ = [
     "distances_of_candidates",
     "distances_of_variants",
     "document_rows",
+    "drop_outdated_guarantees",
     "embedding_similarity",
     "embeddings",
     "evaluate",
@@ -156,6 +164,8 @@ __all__ = [
     "read_rows",
     "reasoning_warnings",
     "recall_at",
+    "record_guarantee",
+    "recorded_guarantees",
     "relative_accuracy",
     "require_causal_lm",
     "require_same_inputs",

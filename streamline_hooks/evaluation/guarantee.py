@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from streamline_hooks.core import (
     StreamlineError,
     max_positions,
     padding_mask,
+    state_digest,
     texts_digest,
     validate_arguments,
 )
@@ -32,6 +34,7 @@ LossMeasure = Literal["accuracy_drop", "disagreement", "kl"]
 _TOLERANCE = 1e-4  # of a bound, which is rounded up
 _MOST_UNITS = 1 << 20
 _DOCUMENT_TOKENS, _BATCH = 512, 8
+_LONGEST_PATH = 1024  # characters
 
 
 @dataclass(frozen=True)
@@ -47,33 +50,41 @@ class Guarantee:
         The loss.
     bound : float
         Upper bound on its expectation.
-    mean : float
-        Its mean over the measured units.
-    units : int
-        Number of measured documents or questions.
+    losses : tuple of float
+        Loss of each measured document or question.
     delta : float
         Probability of an error.
     fingerprint : str
         Digest of the measured units, to verify that they were not used for compression.
-    losses : tuple of float
-        Loss of each unit.
     limits : (float, float)
         Smallest and largest possible loss.
+    weights : str
+        Digest of the compressed model's weights and their dtypes, to verify that they are the measured ones; empty if
+        weights are offloaded.
 
     Examples
     --------
-    >>> print(Guarantee("disagreement", bound=0.12, mean=0.1, units=400, delta=0.05, fingerprint="8e1c"))
+    >>> print(Guarantee("disagreement", bound=0.12, losses=(0.1,) * 400, delta=0.05, fingerprint="8e1c"))
     expected top-1 disagreement at most 0.120 with probability 0.95 (400 documents, mean 0.100, data 8e1c)
     """
 
     measure: LossMeasure
     bound: float
-    mean: float
-    units: int
+    losses: tuple[float, ...] = field(repr=False)
     delta: float
     fingerprint: str
-    losses: tuple[float, ...] = field(default=(), repr=False)
     limits: tuple[float, float] = (0.0, 1.0)
+    weights: str = field(default="", repr=False, compare=False)
+
+    @property
+    def units(self) -> int:
+        """Number of measured documents or questions."""
+        return len(self.losses)
+
+    @property
+    def mean(self) -> float:
+        """Mean loss of the measured units."""
+        return float(np.mean(self.losses))
 
     def required_units(self, bound: float) -> int | None:
         """Estimate how many units are needed for another bound, see `required_units`."""
@@ -84,7 +95,7 @@ class Guarantee:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields except the losses as JSON values."""
-        names = ("measure", "bound", "mean", "units", "delta", "fingerprint", "limits")
+        names = ("measure", "bound", "mean", "units", "delta", "fingerprint", "limits", "weights")
         return {name: getattr(self, name) for name in names} | {"limits": list(self.limits)}
 
     @property
@@ -177,7 +188,8 @@ def guarantee(
     (64, True)
     """
     units = load_guarantee_data(original, data, measure, tokenizer, settings)
-    return bound_losses(original, compressed, units, measure, delta=delta, clip=clip)
+    statement = bound_losses(original, compressed, units, measure, delta=delta, clip=clip)
+    return replace(statement, weights=state_digest(compressed))
 
 
 def bound_losses(
@@ -202,8 +214,7 @@ def bound_losses(
             )
         losses = [min(loss, high) for loss in _document_losses(original, compressed, units.batches, measure, clip)]
     bound = low + (high - low) * mean_upper_bound([(loss - low) / (high - low) for loss in losses], delta)
-    mean, limits = float(np.mean(losses)), (low, high)
-    return Guarantee(measure, bound, mean, len(losses), delta, units.fingerprint, tuple(losses), limits)
+    return Guarantee(measure, bound, tuple(losses), delta, units.fingerprint, (low, high))
 
 
 @validate_arguments(delta="(0, 1)", seed=0)
@@ -377,6 +388,11 @@ def load_guarantee_data(
             )
         return GuaranteeData(
             texts_digest(task.digest() for task in tasks.values())[:16], tasks=tasks, tokenizer=tokenizer
+        )
+    if are_texts and (files := [text for text in data if len(text) < _LONGEST_PATH and os.path.isfile(text)]):
+        raise StreamlineError(
+            f"guarantee: {files[0]!r} is the name of a file, and names count as documents. Expected the texts of the "
+            "documents. Read them with streamline_hooks.data.read_documents."
         )
     task = Task.of(model)
     if task.unit != "token":

@@ -92,7 +92,7 @@ class ChosenDepth:
 
     Examples
     --------
-    >>> statement = Guarantee("disagreement", bound=0.12, mean=0.1, units=400, delta=0.05, fingerprint="8e1c")
+    >>> statement = Guarantee("disagreement", bound=0.12, losses=(0.1,) * 400, delta=0.05, fingerprint="8e1c")
     >>> print(ChosenDepth(7, {7: {"disagreement": statement}}, {}, {"disagreement": 0.15}))
     with probability 0.95: expected top-1 disagreement at most 0.15 (400 documents, mean 0.100, data 8e1c)
     """

@@ -29,6 +29,7 @@ from streamline_hooks.core import (
     peak_memory,
     select_rows,
     shard_rows,
+    state_digest,
 )
 from streamline_hooks.data import check_packing
 from streamline_hooks.distillation import Student, TrainingResult, refuse_float16
@@ -38,6 +39,7 @@ from streamline_hooks.evaluation import (
     LossMeasure,
     Perplexity,
     TaskScores,
+    add_statement,
     perplexity,
     reasoning_warnings,
 )
@@ -328,9 +330,6 @@ class CompressionRun:
                 self.record["repeated"] = config.data.repeated_context
             notes: dict[str, Any] = {} if self.trained is None else {"training": self.trained.report()}
             notes["repaired"] = describe_repair(best, config.repair, self.trained)
-            if self.bounded is not None:
-                reference = "the model before this change" if self.options.teacher is None else "the given teacher"
-                notes["guarantee"] = f"relative to {reference}, {self.bounded}"
             del ready, self.ready, self.source  # they hold the removed blocks
             # A block-by-block run verified the removal before.
             with LayerSurgeon(self.model, self.path, probe=self.in_memory) as surgeon:
@@ -340,6 +339,9 @@ class CompressionRun:
                 )
             if self.student is not None:
                 self.student.copy_weights_to_model()
+            if self.bounded is not None:
+                reference = "the model before this change" if self.options.teacher is None else "the given teacher"
+                add_statement(self.model, f"relative to {reference}, {self.bounded}", state_digest(self.model))
             label = "trained" if self.trained is not None else "repaired" if has_replacement(best) else "removed"
             scores = self.task_scores
             if scores is not None:

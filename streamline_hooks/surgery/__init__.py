@@ -25,6 +25,7 @@ from streamline_hooks.surgery.history import (
     committed_surgeries,
     describe_stacks,
     replay_surgeries,
+    surgery_records,
 )
 from streamline_hooks.surgery.layer_indices import (
     INDEX_NAMES,
@@ -150,6 +151,7 @@ __all__ = [
     "snapshot_splices",
     "spliced",
     "split_large_batches",
+    "surgery_records",
     "tokens_within_memory",
     "without_masks",
     "zero_output",

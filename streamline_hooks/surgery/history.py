@@ -53,6 +53,12 @@ def committed_surgeries(model: nn.Module) -> list[dict[str, Any]]:
     return carried
 
 
+def surgery_records(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the entries for the surgeries of any model, in order, as the next checkpoint will contain them."""
+    description: dict[str, Any] = getattr(getattr(model, "config", None), "streamline_hooks", None) or {}
+    return description.get("history", []) or committed_surgeries(model)
+
+
 def combine_plans(plans: Sequence[SurgeryPlan]) -> list[CombinedPlan]:
     """Combine a history of surgeries into one plan for each stack.
 

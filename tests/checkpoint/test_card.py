@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from streamline_hooks import LayerSurgeon, compress, save
 from streamline_hooks.checkpoint import model_card
-from streamline_hooks.distillation import DistillationConfig
+from streamline_hooks.distillation import DistillationConfig, TrainingResult
 from streamline_hooks.replacements import LinearReplacement, register_module
 from streamline_hooks.selection import Target, TargetOutcome
 from tests.configured import arguments
@@ -210,6 +210,42 @@ def test_how_it_was_repaired_is_what_was_done(options: dict[str, Any], said: str
     )
     told = [line for line in (tmp_path / "out/README.md").read_text().splitlines() if "Repaired by" in line]
     assert told == [] if said is None else told[0].endswith(said)
+
+
+def changes(entries: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the card about some records."""
+    slots = [{"source": k, "module": "Block", "silenced": [], "folded": []} for k in range(3)]
+    plain = {"stack": "layers", "old_length": 3, "slots": slots, "splices": []}
+    history = [{**plain, **entry} for entry in entries]
+    return model_card({"model_type": "llama", "streamline_hooks": {"history": history}}).splitlines()
+
+
+def test_a_training_run_is_described_with_its_loss_its_tokens_and_its_end() -> None:
+    training = TrainingResult(8, 4096, 0.61, 0.25, best_step=6, history=[], seconds=12, stopped="interrupted at last")
+    entry: dict[str, Any] = {"kind": "none", "repaired": "trained", "training": training.report()}
+    entry["config"] = {"distillation": {"loss": {"kl": 1.0, "lm": 0.5}}, "healing": {"method": "lora"}}
+    run = "8 steps on 4,096 tokens in 12 s: KL 0.6100 -> 0.2500, of step 6, ended early: interrupted at last."
+    card = changes([entry])
+    assert f"- Training with the loss `kl + 0.5*lm` and `lora` healing of kept blocks: {run}" in card
+    assert not [line for line in card if "Repaired by" in line]
+    entry["config"] = {}
+    assert f"- Training: {run}" in changes([entry])
+    entry["training"]["best_step"] = 0
+    assert f"- Training: {run.replace('of step 6', 'of step 0')} The initial weights are kept." in changes([entry])
+    assert not [line for line in changes([{"training": {"kl": 1}}]) if "Training" in line]
+
+
+def test_a_replacement_of_an_earlier_change_is_not_a_second_one() -> None:
+    first = {"splices": [{"before": 1, "old_before": 1, "module": "LinearReplacement", "replaces": [1, 3]}]}
+    second = {
+        "splices": [{"before": k, "old_before": k, "module": "LinearReplacement", "replaces": None} for k in (0, 1)]
+    }
+    lines = [line for line in changes([first, second]) if "LinearReplacement" in line]
+    assert [line.split(",")[0] for line in lines] == [
+        "- LinearReplacement replaces blocks 1 to 2",
+        "- LinearReplacement is of the change before",
+        "- LinearReplacement is inserted",
+    ]
 
 
 @pytest.mark.sample(1)

@@ -22,7 +22,7 @@ from streamline_hooks.cli.parsing import read_search
 from streamline_hooks.data import PackedText, stream_documents
 from streamline_hooks.pipeline import PRESETS, DataConfig, RankingJob
 from streamline_hooks.testing import tiny_model
-from tests.commands import run
+from tests.commands import run, without_repeated
 
 SMALL = [
     "--sequence-length",
@@ -393,6 +393,8 @@ BAD = [
     (["--calibration", "nowhere.txt"], "nowhere.txt"),
     (["--calibration", "self"], "chat template"),
     (["--calibration", "self", "--calibration", "pydoc"], "'self'.*only source.*--calibration self:0.5,pydoc:0.5"),
+    (["--remove", "1", "--remove", "2"], "--remove was given more than once. Expected it once"),
+    (["--repair", "linear", "--repair=none"], "--repair was given more than once"),
     (["--stack", "encoder"], r"No stack.*'encoder'"),
     (["--search", "window:windows=2"], r"'window' has no option 'windows'"),
     (["--test-examples", "9"], r"--test-examples.*causal-lm.*Give --test-tokens"),
@@ -405,7 +407,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     options: list[str], text: str, stories_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    code, _, err = run(["compress", stories_folder, "-o", tmp_path / "out", *SMALL, *options], monkeypatch, capsys)
+    given = without_repeated(SMALL, options)
+    code, _, err = run(["compress", stories_folder, "-o", tmp_path / "out", *given], monkeypatch, capsys)
     assert code == 2
     message = [line for line in err.splitlines() if line.startswith("streamline-hooks: ")]
     assert len(message) == 1 and re.search(text, message[0])

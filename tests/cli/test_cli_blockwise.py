@@ -16,7 +16,7 @@ from streamline_hooks.cli.parsing import parse_bytes
 from streamline_hooks.core import StreamlineError
 from streamline_hooks.pipeline import checkpoint_bytes, fits_in_memory, state_memory_left
 from streamline_hooks.testing import tiny_model
-from tests.commands import run
+from tests.commands import run, without_repeated
 
 Command = Callable[..., tuple[int, str, str]]
 SMALL = [
@@ -140,7 +140,7 @@ def test_it_takes_a_mixture_of_what_is_there(
 def test_what_is_not_done_block_by_block_is_refused_by_its_name(
     command: Command, too_large: None, tmp_path: Path, options: list[str], named: str
 ) -> None:
-    code, _, err = command("-o", tmp_path / "out", *SMALL, *options)
+    code, _, err = command("-o", tmp_path / "out", *without_repeated(SMALL, options))
     assert code == 2
     assert f"these settings need the whole model in memory: {named}" in err
 

@@ -15,7 +15,7 @@ import torch
 from streamline_hooks import RunOptions, StreamlineError, compress, profile
 from streamline_hooks.cli.parsing import parse_duration
 from streamline_hooks.pipeline import plan_training
-from tests.commands import run
+from tests.commands import run, without_repeated
 from tests.tiny_models import tiny_model
 from tests.training_callbacks import RaiseAt
 
@@ -33,11 +33,10 @@ def command(
     """Run the command on stories260k and a little text: its exit code, what it wrote, and what it complained of."""
     file = tmp_path / "stories.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in story_texts[:20]))
-    fixed = ["-o", tmp_path / "out", "--remove", 1, "--sequence-length", 64]
+    fixed = ["-o", tmp_path / "out", "--remove", 1, "--sequence-length", 64, "-c", file]
 
     def call(*options: Any) -> tuple[int, str, str]:
-        text = [] if "-c" in options else ["-c", file]
-        code, out, err = run(["compress", stories_folder, *fixed, *text, *options], monkeypatch, capsys)
+        code, out, err = run(["compress", stories_folder, *without_repeated(fixed, options)], monkeypatch, capsys)
         return code, out, " ".join(err.split())
 
     return call

@@ -159,8 +159,8 @@ def test_parquet_and_a_test_set_of_its_own(
     code, said, err = run([*asked, "--test", tmp_path / "test.parquet"], monkeypatch, capsys)
     assert code == 0, err
     assert "test 12 images" in said and "accuracy, repaired" in said
-    again = ["--test", vision[1], "--calibration-examples", 40, "--overwrite"]
-    code, said, err = run([*asked, *again], monkeypatch, capsys)
+    asked[asked.index("--calibration-examples") + 1] = 40
+    code, said, err = run([*asked, "--test", vision[1], "--overwrite"], monkeypatch, capsys)
     assert code == 2 and re.search(r"of the test.*calibration part", err)
 
 

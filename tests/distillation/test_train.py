@@ -601,7 +601,11 @@ def test_a_training_that_brought_nothing_says_so() -> None:
     assert replace(trained, best_step=97).warning == replace(trained, history=history[:1]).warning == ""
     early = replace(trained, history=history[:1], stopped="the loss of step 12 is nan")
     assert re.search(r"not improve the model: the loss of step 12 is nan.*initial weights", early.warning)
-    assert replace(early, history=history, best_step=24).warning == ""
+    for stopped in ("the loss of step 12 is nan", "interrupted after step 30"):
+        cut = replace(trained, best_step=24, stopped=stopped)
+        assert cut.warning == f"The training run ended early: {stopped}. The best weights are kept, of step 24."
+    for stopped in ("the limit of 5 minutes was reached after step 30", "no lower for 2 validations"):  # as configured
+        assert replace(trained, best_step=24, stopped=stopped).warning == ""
 
 
 def test_what_is_returned_says_how_it_went() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,9 @@ def test_the_number_of_units_depends_neither_on_the_order_nor_on_a_lucky_beginni
     losses = [0.0] * 180 + [0.5] * 220  # the first ones are better than the limit
     counts = {required_units(values, 0.3) for values in (losses, losses[::-1], losses[::2] + losses[1::2])}
     assert len(counts) == 1 and 300 < (counts.pop() or 0) < 500
-    statement = Guarantee("disagreement", mean_upper_bound(losses), 0.275, 400, 0.05, "8e1c", tuple(losses))
+    statement = Guarantee("disagreement", mean_upper_bound(losses), tuple(losses), 0.05, "8e1c")
     assert statement.bound > 0.3 and (statement.required_units(0.3) or 0) > 400
-    lucky = Guarantee("disagreement", 0.31, 0.0, 400, 0.05, "8e1c", (0.0,) * 400)
+    lucky = Guarantee("disagreement", 0.31, (0.0,) * 400, 0.05, "8e1c")
     assert lucky.required_units(0.3) == 401, "more than those that were not enough"
 
 
@@ -149,7 +150,9 @@ def test_a_forward_pass_says_nothing_of_a_model_whose_prompts_skip_blocks(
     assert "skip blocks, but this measurement runs all of them" in caplog.text
 
 
-def test_a_text_that_occurs_twice_is_found_among_rows_of_other_lengths(stories: tuple[Any, Any]) -> None:
+def test_a_text_that_occurs_twice_is_found_among_rows_of_other_lengths(
+    stories: tuple[Any, Any], tmp_path: Path
+) -> None:
     model, tokenizer = stories
     texts = [f"There were {number} birds in the garden." for number in range(8)]
     texts += ["The birds sang for a long time, and nobody in the house counted them.", texts[0]]
@@ -160,6 +163,9 @@ def test_a_text_that_occurs_twice_is_found_among_rows_of_other_lengths(stories: 
     assert guarantee(model, copy.deepcopy(model), rows).fingerprint == statement.fingerprint
     with pytest.raises(StreamlineError, match="document 9 has no token"):
         guarantee(model, copy.deepcopy(model), [*texts[:-1], ""], tokenizer=NoSpecialTokens(tokenizer))
+    (tmp_path / "held_out.txt").write_text("One text.")
+    with pytest.raises(StreamlineError, match=r"held_out.txt' is the name of a file.*read_documents"):
+        guarantee(model, copy.deepcopy(model), [str(tmp_path / "held_out.txt")], tokenizer=tokenizer)
 
 
 class NoSpecialTokens:
@@ -173,7 +179,7 @@ class NoSpecialTokens:
 
 
 def test_a_bound_is_rounded_up() -> None:
-    statement = Guarantee("kl", bound=0.12041, mean=0.1, units=9, delta=1e-4, fingerprint="8e1c", limits=(0.0, 2.0))
+    statement = Guarantee("kl", bound=0.12041, losses=(0.1,) * 9, delta=1e-4, fingerprint="8e1c", limits=(0.0, 2.0))
     assert "clipped at 2 nats, at most 0.121 with probability 0.9999 (9 documents" in str(statement)
 
 

@@ -116,7 +116,7 @@ def test_the_limit_is_in_the_card_the_report_and_the_config(tmp_path: Path) -> N
     )
     assert str(result.bounded) == text and text in result.table()
     card = (folder / "README.md").read_text()
-    assert f"- Bounded losses, relative to the model before this change, {text}." in card
+    assert f"- Bounded losses, relative to the model before this change, {text}.\n" in card
     assert f"{statement.bound:.3f}" not in card
     report = json.loads((folder / "report.json").read_text())
     assert report["bounded"]["statements"]["4"]["kl"] == statement.to_dict()
