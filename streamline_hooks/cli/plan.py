@@ -44,8 +44,8 @@ from streamline_hooks.pipeline import (
 PlannedModel = Annotated[str | None, Parameter(help="Model to time on this machine. Without a model, use a shape.")]
 Budget = Annotated[str, Parameter(help="Time for the whole compression, such as 10m or 8h: plan how much text fits.")]
 SHOWN = (
-    "--remove", "--repair", "--loss", "--preset", "--config", "--budget", "--hidden-size", "--layers", "--flops",
-    "--bandwidth", "--calibration-tokens", "--json",
+    "--remove", "--repair", "--loss", "--preset", "--config", "--budget", "--architecture", "--hidden-size", "--layers",
+    "--flops", "--bandwidth", "--calibration-tokens", "--json",
 )  # fmt: skip
 
 
@@ -94,6 +94,12 @@ def plan(
             raise StreamlineError(
                 f"{' and '.join(unused)} has no effect without a model. Expected a model to load. Add MODEL, or leave "
                 "the option out."
+            )
+        if "architecture" not in shape and not {"hidden_size", "layers"} <= shape.keys():
+            raise StreamlineError(
+                "plan was given without a model and without its shape. Expected a model to time on this machine, or "
+                "--architecture with a folder or a name on the hub (only config.json is read), or --hidden-size and "
+                "--layers. Add one of them."
             )
         show(estimate_from_shape(ModelShape().updated(shape), DeviceRates().updated(rates), settings))
         return

@@ -328,6 +328,13 @@ def _remedy(hint: Any, value: Any = None) -> str:
         if get_origin(accepted) is Literal:
             choices = get_args(accepted)
             return suggest(value, choices, f"Pass {' or '.join(map(repr, choices))}.")
+        if hasattr(accepted, "from_dict"):
+            family = getattr(accepted, "family", None)
+            kind = value if family and value in family else next(iter(family or ()), "")
+            example = f", such as {{kind: {kind}}}" if kind else ""
+            return f"Pass a {accepted.__name__}. In a file, write a mapping with its fields{example}."
+        if get_origin(accepted) is Mapping and element is str:
+            return "Pass a mapping, such as {'name': value}. In a file, write {name: value}."
         if get_origin(accepted) is Sequence and _BATCH in get_args(element):
             return f"Pass a list of batches. {_TENSORS}"
     return "See the documentation of this argument."

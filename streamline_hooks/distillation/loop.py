@@ -48,6 +48,7 @@ from streamline_hooks.distillation.progress import TrainingCallback, TrainingPro
 from streamline_hooks.distillation.student import Student
 from streamline_hooks.distillation.teacher_cache import TeacherStates
 from streamline_hooks.distillation.training_file import (
+    describe_run,
     random_state,
     read_training_file,
     set_random_state,
@@ -149,6 +150,7 @@ class TrainingLoop:
         self.interrupts = InterruptFlag()
         self.parameters = self.student.parameters()
         data = self.batches, self.validation
+        self.description = describe_run(self.config, self.hardware, self.student, *data)
         self.fingerprint = training_fingerprint(self.config, self.hardware, self.student, self.parameters, *data)
         if any(other != self.fingerprint for other in self.work.all_gather_object(self.fingerprint)):
             raise StreamlineError(
@@ -450,7 +452,8 @@ class TrainingLoop:
         tensors |= {f"buffer.{name}": buffer.clone() for name, buffer in self.student.buffers().items()}
         tensors |= random_state(self.device)
         values = {
-            "fingerprint": self.fingerprint, "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+            "fingerprint": self.fingerprint, "description": self.description,
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
             "spent": self.spent, "history": self.history, "losses": self.losses, "rows": self.rows,
             "dtypes": self._dtypes(),
             **self.optimizer.json_state(),
@@ -470,9 +473,16 @@ class TrainingLoop:
                 "examples/on_policy_distillation.py."
             )
         if values["fingerprint"] != self.fingerprint:
+            before = values.get("description", {})  # older files have none
+            changes = [
+                f"{name} was {before[name]}, not {value}"
+                for name, value in self.description.items()
+                if before.get(name, value) != value
+            ]
+            reason = "; ".join(changes) or "other windows, data, settings or another model"
             raise StreamlineError(
-                f"{path} belongs to another training run, with other windows, data, settings or another model. "
-                "Expected the same as at its start. Pass the same arguments, or start again without --resume."
+                f"{path} belongs to another training run: {reason}. Expected the same as at its start. Pass the same "
+                "arguments, or start again without --resume."
             )
         if values.get("dtypes", self._dtypes()) != self._dtypes():
             raise StreamlineError(

@@ -125,6 +125,21 @@ def training_fingerprint(
     return digest.hexdigest()
 
 
+def describe_run(
+    config: DistillationConfig,
+    hardware: HardwareConfig,
+    student: Student,
+    batches: Sequence[Batch | Tensor],
+    validation: Sequence[Batch | Tensor],
+) -> dict[str, str]:
+    """Return by name what a message can say about a training run that is not resumed with other arguments."""
+    values = {**config.to_dict(), "autocast": hardware.autocast_dtype, "state_dtype": hardware.kept_dtype}
+    values |= {"windows": [[window.start, window.stop] for window in student.windows]}
+    values |= {"calibration data": batches_digest(batches), "validation data": batches_digest(validation)}
+    return {name: _text(value) for name, value in values.items() if name not in _RESUMABLE}
+
+
+_RESUMABLE = ("max_minutes", "checkpoint_minutes")
 _SAMPLE = 64  # values per parameter in the fingerprint
 _FIRST_LOSSES = ("kl", "lm", "mse", "relative", "cosine", "embedding", "reverse_kl")
 

@@ -66,11 +66,11 @@ class RefitResult:
     def __str__(self) -> str:
         label = next(name for name in ("trained", "repaired", "removed") if name in self.result.perplexities)
         now, parameters = self.result.perplexities[label], self.result.parameters[1]
-        more = (parameters - self.spliced_parameters) / 1e6
+        more = parameters - self.spliced_parameters
         other = "" if self.same_text else "; fitted on a different text than the spliced model"
         return (
             f"{self.result.kind}: perplexity {now:.2f}, with splices {self.spliced_perplexity:.2f} (x "
-            f"{now / self.spliced_perplexity:.3f}); {more:+.2f} M parameters, {self.slots:+d} cache slots{other}"
+            f"{now / self.spliced_perplexity:.3f}); {more:+,} parameters, {self.slots:+d} cache slots{other}"
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
 
 import torch
+from torch import nn
 
 from streamline_hooks.core import Bound, Config, StreamlineError
 from streamline_hooks.modeling import BlockStack, Task, find_stack
@@ -29,7 +31,7 @@ _BACKWARD = 2  # FLOPs of a backward pass, relative to a forward pass
 
 @dataclass(frozen=True)
 class ModelShape(Config):
-    """Shape of a decoder with gated MLPs, such as Llama.
+    """Shape of a decoder with gated MLPs, such as Llama, or that of a Transformers config.
 
     Attributes
     ----------
@@ -48,6 +50,9 @@ class ModelShape(Config):
     weight_dtype : {"float32", "bfloat16", "float16", "4bit"}
         Data type of the weights. bfloat16 by default. With ``"4bit"`` the matrices of the blocks are quantized by
         bitsandbytes, and all other weights and the hidden states are in bfloat16.
+    architecture : str, optional
+        Folder with a ``config.json``, or name on the hub, of a causal language model. Its blocks are built without
+        weights, and the other fields except `weight_dtype` keep their defaults.
 
     Examples
     --------
@@ -67,6 +72,16 @@ class ModelShape(Config):
     kv_heads: int | None = None
     vocab_size: int = 128_256
     weight_dtype: Literal["float32", "bfloat16", "float16", "4bit"] = "bfloat16"
+    architecture: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unused = [name for name in self.bounds if getattr(self, name) != getattr(type(self), name)]
+        if self.architecture is not None and unused:
+            raise StreamlineError(
+                f"ModelShape: {' and '.join(unused)} was given with architecture={self.architecture!r}, whose config "
+                "determines the shape. Expected one of them. Leave the other out."
+            )
 
     @property
     def state_dtype(self) -> str:
@@ -87,10 +102,13 @@ class ModelShape(Config):
         Raises
         ------
         StreamlineError
-            If `heads` does not divide the hidden size, or `kv_heads` does not divide `heads`.
+            If `heads` does not divide the hidden size, `kv_heads` does not divide `heads`, or `architecture` has no
+            config of a causal language model.
         """
         from transformers import AutoModelForCausalLM, LlamaConfig
 
+        if self.architecture is not None:
+            return find_stack(_without_weights(self.architecture, getattr(torch, self.state_dtype)))
         heads = self.heads or max(1, self.hidden_size // 128)
         kv_heads = self.kv_heads or heads
         if self.hidden_size % heads or heads % kv_heads:
@@ -108,6 +126,24 @@ class ModelShape(Config):
         )
         with torch.device("meta"):
             return find_stack(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.state_dtype)))
+
+
+def _without_weights(name: str, dtype: torch.dtype) -> nn.Module:
+    """Build the model of a Transformers config on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(name).expanduser()
+    folder = folder.parent if folder.name == "config.json" else folder
+    try:
+        config = AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+        with torch.device("meta"):
+            return cast("nn.Module", AutoModelForCausalLM.from_config(config, dtype=dtype))
+    except (OSError, ValueError) as error:
+        raise StreamlineError(
+            f"ModelShape: architecture={name!r} cannot be built: {' '.join(str(error).split())[:200]} Expected a "
+            "folder with config.json, or a name on the hub, of a causal language model. Correct it, or pass "
+            "hidden_size and layers."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -159,6 +195,8 @@ class ShapeEstimate:
         Bytes of the model's weights.
     peak : int
         Peak memory in bytes in addition to the weights.
+    shape : str
+        Description of the model.
 
     Examples
     --------
@@ -172,6 +210,7 @@ class ShapeEstimate:
     rates: Rates
     weights: int
     peak: int
+    shape: str
 
     @property
     def seconds(self) -> float:
@@ -181,12 +220,19 @@ class ShapeEstimate:
     def table(self) -> str:
         """Return the estimate as a table for a terminal."""
         memory = f"memory: {format_bytes(self.weights)} for the weights and {format_bytes(self.peak)} in addition"
-        return f"{blockwise_table(self.stages, self.rates)}\n{memory}"
+        device = f"{self.rates.products:.3g} FLOP/s and {format_bytes(int(self.rates.read))} per second"
+        return f"model: {self.shape}\ndevice: {device}\n{blockwise_table(self.stages, self.rates)}\n{memory}"
 
     def report(self) -> dict[str, Any]:
         """Return the estimate as JSON values, with times in seconds and memory in bytes."""
         stages = [{**stage._asdict(), "seconds": stage.seconds(self.rates)} for stage in self.stages]
-        return {"seconds": self.seconds, "weights": self.weights, "peak": self.peak, "stages": stages}
+        return {
+            "seconds": self.seconds,
+            "weights": self.weights,
+            "peak": self.peak,
+            "shape": self.shape,
+            "stages": stages,
+        }
 
 
 def estimate_from_shape(
@@ -254,7 +300,13 @@ def estimate_from_shape(
     if config.distillation is None:
         del peaks["train"]
     rated = (rates or DeviceRates()).rates()
-    return ShapeEstimate(tuple(stages), rated, shape.weight_bytes(stack), max(peaks.values()))
+    described = f"{type(stack.model).__name__} with {len(stack)} blocks, {parameters / 1e9:.3g} B parameters"
+    model: Any = stack.model
+    described += f", {model.config.get_text_config().hidden_size:,} features"
+    described += f" and a vocabulary of {model.get_input_embeddings().num_embeddings:,}"
+    return ShapeEstimate(
+        tuple(stages), rated, shape.weight_bytes(stack), max(peaks.values()), f"{described}, in {shape.weight_dtype}"
+    )
 
 
 def _require_no_model(config: CompressionConfig, shape: ModelShape) -> None:

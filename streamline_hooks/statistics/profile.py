@@ -326,7 +326,7 @@ class Profile:
             )
 
     def _require_covered(self, window: range) -> None:
-        if window.step != 1 or not 0 <= window.start < window.stop:
+        if not isinstance(window, range) or window.step != 1 or not 0 <= window.start < window.stop:
             raise StreamlineError(
                 f"{window} is not a window. Expected consecutive blocks such as range(3, 6). Change it."
             )

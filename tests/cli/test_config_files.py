@@ -27,6 +27,7 @@ from streamline_hooks.pipeline import CompressionJob, JobData, ModelShape, Ranki
 from streamline_hooks.repair import BlockConfig, MergedConfig
 from streamline_hooks.selection import DisjointSearch
 from streamline_hooks.statistics import Profile
+from streamline_hooks.testing import tiny_model
 from tests.commands import run
 from tests.configured import configured
 
@@ -288,6 +289,17 @@ def test_every_field_changes_the_estimate_of_a_shape_or_is_refused(
         else:
             name = path.rpartition(".")[2]
             assert (code == 0 and out != before[base][1]) or (code == 2 and name in err), (path, out, err)
+
+
+def test_a_plan_needs_a_model_or_its_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in ([], ["--layers", 8], ["--flops", 1e14]):
+        code, _, err = run(["plan", "--remove", 2, *given], monkeypatch, capsys)
+        assert code == 2 and "--architecture" in err and "--hidden-size" in err
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    code, out, err = run(["plan", "--remove", 2, "--architecture", tmp_path], monkeypatch, capsys)
+    assert code == 0 and "LlamaForCausalLM with 8 blocks" in out, err
 
 
 def test_a_budget_names_the_fields_that_it_would_replace(

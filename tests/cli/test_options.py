@@ -306,8 +306,8 @@ def test_a_plan_for_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--budget", "1h"], "--budget was given without a model"),
         (["--test-examples", 9], "--test-examples was given without a model"),
         (["--device", "cpu", "--dtype", "bfloat16"], "--device and --dtype has no effect without a model"),
-        (["--remove", "latency:0.8"], "must be measured on a model"),
-        (["--hidden-size", 100, "--heads", 3], "heads to divide hidden_size"),
+        (["--layers", 4, "--hidden-size", 256, "--remove", "latency:0.8"], "must be measured on a model"),
+        (["--layers", 4, "--hidden-size", 100, "--heads", 3], "heads to divide hidden_size"),
     ):
         code, _, err = run(["plan", *options], monkeypatch, capsys)
         assert code == 2 and message in err, err

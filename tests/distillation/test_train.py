@@ -451,10 +451,11 @@ def test_what_cannot_be_trained_or_resumed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StreamlineError, match="no training run to resume"):
         train(student, BATCHES, VALIDATION, QUICK, resume=True, checkpoint_file=file)
     train(student, BATCHES, VALIDATION, QUICK, checkpoint_file=file)
-    for other in (replace(QUICK, seed=1), replace(QUICK, learning_rate=1e-3)):
-        with pytest.raises(StreamlineError, match="belongs to another training run"):
+    rate = f"learning_rate was {QUICK.learning_rate}, not 0.004"
+    for other, named in ((replace(QUICK, seed=1), "seed was 0, not 1"), (replace(QUICK, learning_rate=4e-3), rate)):
+        with pytest.raises(StreamlineError, match=f"belongs to another training run: {named}. Expected"):
             train(student, BATCHES, VALIDATION, other, resume=True, checkpoint_file=file)
-    with pytest.raises(StreamlineError, match="belongs to another training run"):
+    with pytest.raises(StreamlineError, match="another training run: calibration data was .*, not "):
         train(student, BATCHES[:-1], VALIDATION, QUICK, resume=True, checkpoint_file=file)
     wide = [{name: part.view(2, 24) for name, part in one.items()} for one in BATCHES]
     for parts in ((BATCHES[:-1], [BATCHES[-1], *VALIDATION]), (wide, VALIDATION)):  # the same tokens, divided otherwise

@@ -526,3 +526,17 @@ def test_fields_are_replaced_by_their_paths() -> None:
     for path in ("sed", "data.sed", "data"):
         with pytest.raises(StreamlineError):
             config.updated({path: 3})
+
+
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        ({"repair": "swiglu"}, r"repair='swiglu'.*mapping with its fields, such as \{kind: swiglu\}"),
+        ({"search": "disjoint"}, r"search='disjoint'.*such as \{kind: disjoint\}"),
+        ({"healing": "lora"}, r"healing='lora'.*In a file, write a mapping with its fields\."),
+        ({"distillation": {"loss": "kl"}}, r"loss='kl'.*In a file, write \{name: value\}"),
+    ],
+)
+def test_a_short_form_in_a_file_is_refused_with_the_form_of_files(values: dict[str, Any], written: str) -> None:
+    with pytest.raises(StreamlineError, match=written):
+        CompressionConfig.from_dict(values)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,27 @@ def test_the_stages_are_those_of_the_model_itself() -> None:
     found = estimate_from_shape(shape, config=config)
     assert [stage.products for stage in found.stages] == [stage.products for stage in expected]
     assert found.weights == sum(p.numel() * 4 for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_an_architecture_is_that_of_the_config_without_its_weights(family: str, tmp_path: Path) -> None:
+    model: Any = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    config = CompressionConfig(remove=2, data=DataConfig(16, 320, validation_tokens=64, test_tokens=64))
+    stack = find_stack(model)
+    expected, _ = blockwise_work(stack, config, 2, memory=2**62)
+    for name in (tmp_path, tmp_path / "config.json"):
+        found = estimate_from_shape(ModelShape(architecture=str(name), weight_dtype="float32"), config=config)
+        assert [stage.products for stage in found.stages] == [stage.products for stage in expected]
+        assert found.weights == sum(p.numel() * 4 for p in model.parameters())
+        assert f"{type(model).__name__} with {len(stack)} blocks" in found.table()
+
+
+def test_an_architecture_is_refused_with_a_shape_or_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(StreamlineError, match="hidden_size and layers was given with architecture"):
+        ModelShape(hidden_size=64, layers=4, architecture=str(tmp_path))
+    with pytest.raises(StreamlineError, match="cannot be built.*folder with config.json"):
+        ModelShape(architecture=str(tmp_path)).stack()
 
 
 def test_training_with_healing_runs_all_kept_blocks_from_the_first_healed_one_on() -> None:

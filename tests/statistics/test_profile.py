@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -334,7 +334,7 @@ def test_what_cannot_be_profiled() -> None:
 def test_what_cannot_be_read() -> None:
     model = tiny_model("llama")
     found = profile(model, [tokens(3, 5)])
-    for window in (range(2, 2), range(-1, 3), range(0, 4, 2)):
+    for window in (range(2, 2), range(-1, 3), range(0, 4, 2), cast("Any", 2)):
         with pytest.raises(StreamlineError, match=r"is not a window.*consecutive"):
             found.value("cosine", window)
     with pytest.raises(StreamlineError, match=r"blocks 3.*6 is.*6 blocks.*0 to 5"):

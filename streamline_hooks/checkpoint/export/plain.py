@@ -35,8 +35,8 @@ def check_no_splices(model: PreTrainedModel) -> None:
         f"This {type(model).__name__} has no plain form: its {names} runs between two blocks, which its architecture "
         "does not support. Expected a model without splices. Fit the window again with a plain kind from the original "
         "and the same data: `streamline-hooks export ... --refit --original MODEL`. It uses the first of two kinds "
-        f"that works. folded: a map in the block before the window, {-added / 1e6:+.2f} M parameters, no cache slot, "
-        f"weaker than a linear map. silenced: a block without attention, {(blocks - added) / 1e6:+.2f} M parameters, "
+        f"that works. folded: a map in the block before the window, {-added:+,} parameters, no cache slot, "
+        f"weaker than a linear map. silenced: a block without attention, {blocks - added:+,} parameters, "
         f"{windows} more cache slot{'s' * (windows > 1)}. The quality of the result is measured."
     )
 

@@ -100,8 +100,8 @@ def test_a_spliced_one_is_told_what_to_do_and_what_it_costs() -> None:
         check_no_splices(model)
     said = str(raised.value)
     assert "its LinearReplacement" in said and "--refit --original MODEL" in said
-    assert f"{-added / 1e6:+.2f} M parameters, no cache slot" in said
-    assert f"{(block - added) / 1e6:+.2f} M parameters, 1 more cache slot" in said
+    assert f"{-added:+,} parameters, no cache slot" in said
+    assert f"{block - added:+,} parameters, 1 more cache slot" in said
 
 
 def test_a_splice_in_the_other_stack_is_one_too(tmp_path: Path) -> None:
